@@ -1,0 +1,53 @@
+import importlib.metadata
+
+from ._adjoint import (
+    FixedPointAdjoint as FixedPointAdjoint,
+    FrozenAdjoint as FrozenAdjoint,
+)
+from ._condition import Condition as Condition, GaussianProcess as GaussianProcess
+from ._gauss_newton import GaussNewton as GaussNewton
+from ._jets import Jet as Jet
+from ._kernels import (
+    AbstractFeatureKernel as AbstractFeatureKernel,
+    AbstractKernel as AbstractKernel,
+    AbstractRadialKernel as AbstractRadialKernel,
+    Constant as Constant,
+    Gaussian as Gaussian,
+    Gibbs as Gibbs,
+    LengthscaleNetwork as LengthscaleNetwork,
+    Matern as Matern,
+    Periodic as Periodic,
+    Polynomial as Polynomial,
+    Product as Product,
+    RationalQuadratic as RationalQuadratic,
+    rescale as rescale,
+    Scaled as Scaled,
+    smoothness as smoothness,
+    Stretched as Stretched,
+    Subspace as Subspace,
+    Sum as Sum,
+    Warped as Warped,
+)
+from ._learn import learn as learn, Learned as Learned, LearningError as LearningError
+from ._objectives import (
+    AbstractObjective as AbstractObjective,
+    ValidationResidual as ValidationResidual,
+)
+from ._parameters import (
+    AbstractParameter as AbstractParameter,
+    Bounded as Bounded,
+    Frozen as Frozen,
+    Positive as Positive,
+    Unconstrained as Unconstrained,
+    unwrap as unwrap,
+    with_value as with_value,
+)
+from ._points import AbstractDomain as AbstractDomain, Box as Box
+from ._quasi_newton import BoundedBFGS as BoundedBFGS
+from ._results import RESULTS as RESULTS
+from ._solution import Solution as Solution
+from ._solve import solve as solve
+from ._whitened import solve_whitened as solve_whitened
+
+
+__version__ = importlib.metadata.version("eqx_bilevel")

@@ -1,0 +1,190 @@
+"""What a user states: priors and conditions."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, PyTree
+
+from ._kernels import AbstractKernel
+from ._parameters import AbstractParameter, value_of
+
+
+def _inexact(x: Any, name: str) -> Array:
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must be an array of numbers, got {x!r}.") from error
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise ValueError(f"`{name}` must be real, got an array of {x.dtype}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(jnp.result_type(float))
+    return x
+
+
+def as_points(points: Any) -> Float[Array, "n d"]:
+    points = _inexact(points, "points")
+    if points.ndim != 2 or 0 in points.shape:
+        raise ValueError(
+            "`points` must have shape `(n, d)`, for `n` points in `d` dimensions, got "
+            f"{points.shape}."
+        )
+    return points
+
+
+def is_concrete(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _number(x: Any, name: str, zero: bool) -> Any:
+    # A noise, nugget or weight: a non-negative or positive scalar, or a parameter.
+    if x is None or isinstance(x, AbstractParameter):
+        return x
+    x = _inexact(x, name)
+    if x.ndim != 0:
+        raise ValueError(f"`{name}` must be a scalar, got shape {x.shape}.")
+    if is_concrete(x) and not (0 < x < jnp.inf or (zero and x == 0)):
+        kind = "non-negative" if zero else "positive"
+        raise ValueError(f"`{name}` must be a finite {kind} number, got {x}.")
+    return x
+
+
+class GaussianProcess(eqx.Module):
+    """What is known about an unknown function beforehand: it is a Gaussian process with
+    this kernel and this mean.
+
+    All floating-point arrays in it are hyperparameters, and [`eqx_bilevel.learn`][]
+    learns them, except for those inside an [`eqx_bilevel.Frozen`][].
+    """
+
+    kernel: AbstractKernel
+    mean: Callable | AbstractParameter | Array | None
+
+    def __init__(
+        self,
+        kernel: AbstractKernel,
+        mean: Callable | AbstractParameter | ArrayLike | None = None,
+    ):
+        if not isinstance(kernel, AbstractKernel):
+            raise ValueError(
+                "`kernel` must be an `eqx_bilevel.AbstractKernel`, got a "
+                f"{type(kernel).__name__}."
+            )
+        if not (mean is None or callable(mean) or isinstance(mean, AbstractParameter)):
+            mean = _inexact(mean, "mean")
+            if mean.ndim != 0:
+                raise ValueError(
+                    "`mean` must be a scalar or a function of a point, got an array of "
+                    f"shape {mean.shape}."
+                )
+        self.kernel = kernel
+        self.mean = mean
+
+
+GaussianProcess.__init__.__doc__ = """**Arguments:**
+
+- `kernel`: The covariance of the process, an [`eqx_bilevel.AbstractKernel`][].
+- `mean`: The mean: `None` for zero, a number, or a function from a point of shape
+    `(d,)` to a number, which may be an Equinox module. It must be as often
+    differentiable as the operators ask for.
+
+**Raises:**
+
+A `ValueError` if either is of the wrong kind.
+"""
+
+
+def mean_function(prior: GaussianProcess) -> Callable:
+    # Of an unwrapped prior.
+    mean = prior.mean
+    if mean is None:
+        return lambda x: jnp.zeros((), x.dtype)
+    elif callable(mean):
+        return lambda x: jnp.asarray(mean(x), x.dtype)
+    else:
+        return lambda x: jnp.asarray(value_of(mean), x.dtype)
+
+
+class Condition(eqx.Module):
+    """What is demanded of the unknown functions at points: there, an operator of them
+    equals a target. A PDE, boundary and initial data and observations are conditions.
+
+    Arrays in a condition are data, and are not learned by [`eqx_bilevel.learn`][]
+    unless they are wrapped in a parameter such as [`eqx_bilevel.Positive`][] or
+    [`eqx_bilevel.Unconstrained`][].
+    """
+
+    operator: Callable
+    points: Float[Array, "n d"]
+    target: PyTree
+    noise: AbstractParameter | Float[Array, ""] | None
+    nugget: AbstractParameter | Float[Array, ""] | None
+    weight: AbstractParameter | Float[Array, ""] | None
+    reference: Callable | Mapping[str, Callable] | None
+    name: str | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        operator: Callable,
+        points: ArrayLike,
+        target: PyTree = 0.0,
+        *,
+        noise: AbstractParameter | ArrayLike | None = None,
+        nugget: AbstractParameter | ArrayLike | None = None,
+        weight: AbstractParameter | ArrayLike | None = None,
+        reference: Callable | Mapping[str, Callable] | None = None,
+        name: str | None = None,
+    ):
+        if not callable(operator):
+            raise ValueError(
+                "`operator` must be a callable `(u, x)`, got a "
+                f"{type(operator).__name__}."
+            )
+        points = as_points(points)
+        if noise is not None and nugget is not None:
+            raise ValueError(
+                "Give `noise` (a standard deviation, for measured data) or `nugget` (a "
+                "relative variance, for equations that hold exactly), not both."
+            )
+        self.operator = operator
+        self.points = points
+        as_array = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+        self.target = jax.tree.map(as_array, target)
+        self.noise = _number(noise, "noise", zero=False)
+        self.nugget = _number(nugget, "nugget", zero=True)
+        self.weight = _number(weight, "weight", zero=False)
+        self.reference = reference
+        self.name = name
+
+
+Condition.__init__.__doc__ = """**Arguments:**
+
+- `operator`: A callable `(u, x)` that returns a number, an array or a PyTree of them.
+    `x` is one point, of shape `(d,)`, and `u` is the [`eqx_bilevel.Jet`][] of the
+    unknown there: `u.value`, `u.d(0)`, `u.grad`, `u.laplacian`, `u.hessian`. If the
+    prior is a dictionary then so is `u`. Linear or nonlinear.
+- `points`: An array of shape `(n, d)`.
+- `target`: What the operator equals. A number, an array of shape `(n, ...)`, where
+    `...` is the shape of the operator's value, a PyTree of these if that is one, or a
+    function of one point.
+
+The remaining arguments are keyword-only.
+
+- `noise`: The standard deviation of the target's error, in its units.
+- `nugget`: A relative variance: it is multiplied by the mean prior variance of this
+    condition's linearised operator. If neither is given then the nugget is chosen by
+    [`eqx_bilevel.solve`][], as small as rounding allows.
+- `weight`: Multiplies the squared residual of this condition, i.e. divides its
+    variance.
+- `reference`: Where the operator is linearised to find that prior variance: a function
+    of one point that stands for the unknown, or a dictionary of them. Default: the
+    prior's mean.
+- `name`: Used in messages, and to refer to this condition.
+
+**Raises:**
+
+A `ValueError` if an argument is of the wrong kind, shape or sign.
+"""

@@ -1,0 +1,319 @@
+"""The inner solver: Gauss-Newton with one unknown per scalar condition."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optimistix as optx
+from jaxtyping import Array, Bool, Float, PyTree, Scalar
+
+from ._gram import covariance, covariance_product, dense, GramOperator
+from ._problem import (
+    linearise,
+    Linearised,
+    noise_variances,
+    prior_z,
+    Problem,
+    residuals,
+    slope_product,
+    split,
+    z_functionals,
+)
+
+
+def representer_weights(
+    problem: Problem,
+    linearised: Linearised,
+    jitter: Float[Array, ""],
+    linear_solver: lx.AbstractLinearSolver,
+    factor: Any,
+) -> Float[Array, " M"]:
+    # w with u = m + k phi^T w. Differentiable in `problem` by the rule for linear
+    # solves and never through the factorisation, which is given: `factor` is the state
+    # that `linear_solver` made of the same matrix. The rule also sees to it that the
+    # very same w is in all terms of a derivative: they cancel, and the rounding in w
+    # does not.
+    gamma = noise_variances(problem, jitter)
+    operator = GramOperator(problem.kernels, linearised.functionals, gamma)
+    rhs = linearised.rhs
+    return lx.linear_solve(
+        operator, rhs, linear_solver, state=factor, throw=False
+    ).value
+
+
+def read_z(problem: Problem, linearised: Linearised, weights) -> Float[Array, " N"]:
+    read, functionals = z_functionals(problem), linearised.functionals
+    change = covariance_product(problem.kernels, read, functionals, weights)
+    return prior_z(problem) + change
+
+
+def posterior_product(
+    problem: Problem,
+    linearised: Linearised,
+    linear_solver: lx.AbstractLinearSolver,
+    factor: Any,
+) -> Callable[[Float[Array, " N"]], Float[Array, " N"]]:
+    # Multiplication with the posterior covariance of z. Not to be differentiated.
+    read, functionals = z_functionals(problem), linearised.functionals
+    rows = covariance(problem.kernels, read, functionals)
+    prior = covariance(problem.kernels, read, read)
+    placeholder = GramOperator(problem.kernels, functionals, linearised.rhs)
+
+    def product(vector):
+        solved = lx.linear_solve(
+            placeholder, rows.T @ vector, linear_solver, state=factor, throw=False
+        )
+        return prior @ vector - rows @ solved.value
+
+    return product
+
+
+class _Regression(NamedTuple):
+    # The minimiser of the linearised problem, and how well it could be computed.
+    factor: Any
+    weights: Float[Array, " M"]
+    gamma: Float[Array, " M"]
+    z: Float[Array, " N"]
+    rounding: Float[Array, " N"]
+    usable: Bool[Array, ""]
+
+
+# A linear solve whose residual is larger than this, relatively, is of no use.
+_USABLE = 1e-3
+
+
+def _regress(problem, linearised, jitter, linear_solver) -> _Regression:
+    gamma = noise_variances(problem, jitter)
+    operator = dense(GramOperator(problem.kernels, linearised.functionals, gamma))
+    factor = linear_solver.init(operator, {})
+    solve = lambda b: (
+        lx.linear_solve(operator, b, linear_solver, state=factor, throw=False).value
+    )
+    rhs = linearised.rhs
+    weights = solve(rhs)
+    # Solving once more for what is left is one step of iterative refinement. Its size
+    # is what rounding does to the result.
+    remainder = rhs - operator.mv(weights)
+    correction = solve(remainder)
+    read, functionals = z_functionals(problem), linearised.functionals
+    if problem.z_size == 0:
+        z = rounding = jnp.zeros(0, problem.dtype)
+    else:
+        rows = covariance(problem.kernels, read, functionals)
+        z = prior_z(problem) + rows @ (weights + correction)
+        rounding = rows @ correction
+    small = lambda x, y: (
+        jnp.max(jnp.abs(x), initial=0) <= _USABLE * jnp.max(jnp.abs(y), initial=0)
+    )
+    finite = jnp.all(jnp.isfinite(weights + correction))
+    usable = finite & small(remainder, rhs) & small(rounding, z)
+    return _Regression(factor, weights + correction, gamma, z, rounding, usable)
+
+
+# A relative change below which it counts as convergence that no step makes progress.
+_NEARLY = 1e-2
+
+
+class _Iterate(eqx.Module):
+    # A function v, as far as the conditions and its norm are concerned.
+    z: Float[Array, " N"]
+    linear: Float[Array, " M"]  # what its linear entries contribute to the conditions
+    norm: Float[Array, ""]  # |v|_k^2
+    known: Bool[Array, ""]  # whether the last two are
+
+
+def _move(start: _Iterate, end: _Iterate, inner, step) -> _Iterate:
+    # start + step * (end - start); `inner` is the inner product of the two.
+    mix = lambda a, b: a + step * (b - a)
+    squares = (1 - step) ** 2 * start.norm + step**2 * end.norm
+    norm = squares + 2 * step * (1 - step) * inner
+    return _Iterate(
+        mix(start.z, end.z), mix(start.linear, end.linear), norm, jnp.array(True)
+    )
+
+
+# Step lengths that are tried.
+_NUM_STEP_SIZES = 16
+
+
+def _line_search(problem, linearised, start, regression):
+    # The next iterate, between this one and the minimiser of the linearised problem. It
+    # costs O(M): along this line everything in the objective (1) is known without the
+    # kernel, since |v|^2 = w^T phi v for v = k phi^T w, and phi v = rhs - Gamma w.
+    w, gamma, rhs = regression.weights, regression.gamma, linearised.rhs
+    slope = lambda z: slope_product(problem, linearised.slopes, z - prior_z(problem))
+    applied = rhs - gamma * w
+    linear = applied - slope(regression.z)
+    end = _Iterate(regression.z, linear, w @ applied, jnp.array(True))
+    inner = w @ (slope(start.z) + start.linear)
+
+    def objective(step):
+        at = _move(start, end, inner, step)
+        misfit = residuals(problem, at.z, at.linear)
+        return 0.5 * (at.norm + jnp.sum(misfit**2 / gamma))
+
+    sizes = 0.5 ** jnp.arange(_NUM_STEP_SIZES, dtype=w.dtype)
+    values = jax.vmap(objective)(sizes)
+    values = jnp.where(jnp.isfinite(values), values, jnp.inf)
+    now = objective(jnp.zeros_like(sizes[0]))
+    predicted = now - 0.5 * w @ rhs
+    # Close to the minimum, differences of the objective are nothing but rounding.
+    rounding = 100 * jnp.finfo(w.dtype).eps * (now + jnp.abs(w) @ jnp.abs(rhs))
+    # The full step, unless it is bad; then the best of the shorter ones.
+    full = values[0] <= now - 2e-4 * predicted + rounding
+    full = full | jnp.invert(start.known) | jnp.invert(jnp.isfinite(now))
+    step = jnp.where(full, 1.0, sizes[jnp.argmin(values)])
+    stuck = jnp.invert(full) & (jnp.min(values) >= now)
+    return _move(start, end, inner, step), step, stuck
+
+
+class _GaussNewtonState(eqx.Module):
+    # Where to linearise next.
+    proposal: _Iterate
+    jitter: Float[Array, ""]
+    # Of the last linearisation that could be solved.
+    factor: PyTree[Array]
+    weights: Float[Array, " M"]
+    z: Float[Array, " N"]
+    rounding: Float[Array, ""]
+    change: Float[Array, ""]
+    step_size: Float[Array, ""]
+    # Used for termination.
+    done: Bool[Array, ""]
+    result: optx.RESULTS
+
+
+class GaussNewton(optx.AbstractLeastSquaresSolver):
+    """Gauss-Newton in the space of the conditions: each step solves the linearised
+    problem in closed form, with one unknown for each scalar condition. See
+    [the method](../method.md).
+
+    It is an Optimistix least-squares solver for the problems that
+    [`eqx_bilevel.solve`][] states, and for no others. In contrast to
+    `optimistix.GaussNewton` it is globalised: steps are shortened until they decrease
+    the objective. This costs next to nothing since the objective along a step is known
+    without evaluating the kernel again.
+
+    It has converged when a full step would change the unknown's values at the points
+    (those which enter some operator nonlinearly) by less than the tolerance, or by no
+    more than rounding does.
+    """
+
+    rtol: float = 1e-8
+    atol: float = 1e-10
+    norm: Callable[[PyTree], Scalar] = optx.max_norm
+    linear_solver: lx.AbstractLinearSolver = lx.Cholesky()
+    verbose: bool | Callable[..., None] = False
+
+    def init(self, fn, y, args, options, f_struct, aux_struct, tags):
+        problem, dtype = args, y.dtype
+        zero = jnp.zeros((), dtype)
+        start = options["start"]
+        eye = lx.MatrixLinearOperator(
+            jnp.eye(problem.size, dtype=dtype), lx.positive_semidefinite_tag
+        )
+        return _GaussNewtonState(
+            proposal=_Iterate(y, jnp.zeros(problem.size, dtype), zero, start),
+            jitter=options["jitter"],
+            factor=self.linear_solver.init(eye, {}),
+            weights=jnp.zeros(problem.size, dtype),
+            z=y,
+            rounding=zero,
+            change=zero + jnp.inf,
+            step_size=zero,
+            done=jnp.array(False),
+            result=optx.RESULTS.successful,
+        )
+
+    def step(self, fn, y, args, options, state, tags):
+        problem, here = args, state.proposal
+        linearised = linearise(problem, here.z)
+        new = _regress(problem, linearised, state.jitter, self.linear_solver)
+        proposal, step_size, stuck = _line_search(problem, linearised, here, new)
+        change, converged = self._compare(problem, here.z, new)
+        # No step decreases the objective: this is as far as rounding allows.
+        converged = converged | (stuck & (change < _NEARLY))
+        # Otherwise try again with more jitter.
+        jitter = jnp.maximum(10 * state.jitter, smallest_nugget(problem))
+        too_much = jnp.invert(new.usable) & (jitter > largest_nugget(problem))
+        solved = _GaussNewtonState(
+            proposal=proposal,
+            jitter=state.jitter,
+            factor=new.factor,
+            weights=new.weights,
+            z=here.z,
+            rounding=jnp.max(jnp.abs(new.rounding), initial=0),
+            change=change,
+            step_size=step_size,
+            done=converged,
+            result=optx.RESULTS.successful,
+        )
+        failed = eqx.tree_at(lambda s: (s.jitter, s.done), state, (jitter, too_much))
+        arrays, static = eqx.partition((solved, failed), eqx.is_array)
+        chosen = jax.tree.map(lambda a, b: jnp.where(new.usable, a, b), *arrays)
+        state = eqx.combine(chosen, static[1])
+        successful, singular = optx.RESULTS.successful, optx.RESULTS.singular
+        result = optx.RESULTS.where(jnp.invert(too_much), successful, singular)
+        state = eqx.tree_at(lambda s: s.result, state, result)
+        self._report(state)
+        return state.z, state, None
+
+    def _compare(self, problem, z, new: _Regression):
+        # Each derivative of each condition has its own scale.
+        changes, ok = [jnp.zeros((), z.dtype)], [jnp.array(True)]
+        parts = (split(problem, a) for a in (z, new.z, new.rounding))
+        for before, after, rounding in zip(*parts):
+            size = jnp.max(jnp.abs(after), axis=0, initial=0)
+            change = jnp.max(jnp.abs(after - before), axis=0, initial=0)
+            limit = 10 * jnp.max(jnp.abs(rounding), axis=0, initial=0)
+            tolerance = jnp.maximum(self.atol + self.rtol * size, limit)
+            ok.append(jnp.all(change <= tolerance))
+            changes.append(jnp.max(change / (size + self.atol), initial=0))
+        return jnp.max(jnp.stack(changes)), jnp.all(jnp.stack(ok))
+
+    def _report(self, state):
+        if callable(self.verbose):
+            self.verbose(
+                change=("Relative change of a full step", state.change),
+                step_size=("Step size", state.step_size),
+                jitter=("Jitter", state.jitter),
+            )
+        elif self.verbose:
+            jax.debug.print(
+                "Gauss-Newton: relative change of a full step {:.1e}, "
+                "step size {:.1e}, jitter {:.0e}",
+                state.change,
+                state.step_size,
+                state.jitter,
+            )
+
+    def terminate(self, fn, y, args, options, state, tags):
+        return state.done, state.result
+
+    def postprocess(self, fn, y, aux, args, options, state, tags, result):
+        # The weights and the factor of the linearisation at `y`.
+        return y, aux, {"state": state}
+
+
+GaussNewton.__init__.__doc__ = """**Arguments:**
+
+- `rtol`: Relative tolerance, with respect to the largest value of each derivative.
+- `atol`: Absolute tolerance.
+- `norm`: Unused: as in other Optimistix solvers, but tolerances are for each value.
+- `linear_solver`: A Lineax solver for symmetric positive definite matrices.
+- `verbose`: Whether to print one line for each step; or a function that is called with
+    keyword arguments `name=(description, value)` instead, as in Optimistix.
+"""
+
+
+def smallest_nugget(problem: Problem) -> float:
+    # Around this, relative to the diagonal, a factorisation begins to fail from
+    # rounding.
+    return 0.5 * problem.size * float(jnp.finfo(problem.dtype).eps)
+
+
+def largest_nugget(problem: Problem) -> float:
+    return float(jnp.finfo(problem.dtype).eps) ** 0.25

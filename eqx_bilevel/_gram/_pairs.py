@@ -1,0 +1,291 @@
+"""Mixed derivatives of a kernel at one pair of points, by structure of the kernel.
+
+Two functions, each with a rule per kind of kernel. `one_sided` is what can be computed
+at each point on its own; `pairs` is what is left for each pair of points. A kernel
+without a rule is differentiated automatically.
+"""
+
+import functools as ft
+import itertools as it
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array
+
+from .._jets import derivative, Index
+from .._kernels import (
+    AbstractFeatureKernel,
+    AbstractKernel,
+    AbstractRadialKernel,
+    Constant,
+    Product,
+    Scaled,
+    Stretched,
+    Subspace,
+    Sum,
+)
+from .._parameters import value_of
+
+
+# {(a, b): derivative a in the first argument and b in the second}
+Table = dict[tuple[Index, Index], Any]
+
+
+def closure(indices: Iterable[Index]) -> tuple[Index, ...]:
+    # All indices below some of the given ones, lower ones first.
+    below = lambda index: it.product(*[range(n + 1) for n in index])
+    found = {lower for index in indices for lower in below(index)}
+    return tuple(sorted(found, key=lambda index: (sum(index), index)))
+
+
+@ft.singledispatch
+def one_sided(kernel: AbstractKernel, indices: tuple[Index, ...], x: Array) -> Any:
+    return x
+
+
+@ft.singledispatch
+def pairs(
+    kernel: AbstractKernel,
+    left_indices: tuple[Index, ...],
+    right_indices: tuple[Index, ...],
+    left: Any,
+    right: Any,
+) -> Table:
+    # Automatic differentiation of k(x, y).
+    out = {}
+    for a in left_indices:
+        for b in right_indices:
+            inner = lambda x, b=b: derivative(lambda y: kernel(x, y), b)(right)
+            out[a, b] = derivative(inner, a)(left)
+    return out
+
+
+#
+# Radial kernels: k = phi(s), s = sum_d (D_d / l_d)^2, D = x - y.
+#
+# Each dimension contributes to s a multiple of D_d^2, for which
+#   (d/dD)^n f(D^2 / l^2)
+#     = sum_j n! / (j! (n - 2j)!) (2 D / l^2)^(n - 2j) (1 / l^2)^j f^(n - j).
+#
+
+
+def _dimension_terms(n: int, slope, curvature) -> list[tuple[int, Any]]:
+    # (order of the derivative of phi, factor); `slope` is 2 D / l^2, `curvature` 1 /
+    # l^2.
+    terms = []
+    for j in range(n // 2 + 1):
+        count = math.factorial(n) // (math.factorial(j) * math.factorial(n - 2 * j))
+        terms.append((n - j, count * _power(slope, n - 2 * j) * _power(curvature, j)))
+    return terms
+
+
+def _power(x, n: int):
+    # By multiplication, so that derivatives at zero are exact.
+    return math.prod([x] * n)
+
+
+@pairs.register
+def _(kernel: AbstractRadialKernel, left_indices, right_indices, left, right):
+    dim = len(left_indices[0])
+    lengthscale = jnp.broadcast_to(value_of(kernel.lengthscale), (dim,))
+    curvatures = [1 / lengthscale[d] ** 2 for d in range(dim)]
+    # From differences: |x|^2 + |y|^2 - 2 x.y would lose the digits that small nuggets
+    # need.
+    difference = [left[d] - right[d] for d in range(dim)]
+    slopes = [2 * c * d for c, d in zip(curvatures, difference)]
+    squares = [0.5 * m * d for m, d in zip(slopes, difference)]
+    s = sum(squares[1:], squares[0])
+    order = max(map(sum, left_indices)) + max(map(sum, right_indices))
+    profile = kernel.profile(s, order)
+    known: dict[Index, Any] = {}
+    out = {}
+    for a in left_indices:
+        for b in right_indices:
+            index = tuple(i + j for i, j in zip(a, b))
+            if index not in known:
+                known[index] = _radial(index, slopes, curvatures, profile)
+            sign = -1 if sum(b) % 2 else 1
+            out[a, b] = sign * known[index]
+    return out
+
+
+def _radial(index: Index, slopes, curvatures, profile):
+    per_dimension = [
+        _dimension_terms(n, slopes[d], curvatures[d])
+        for d, n in enumerate(index)
+        if n > 0
+    ]
+    by_order: dict[int, Any] = {}
+    for terms in it.product(*per_dimension):
+        order = sum(m for m, _ in terms)
+        factor = math.prod(f for _, f in terms)
+        by_order[order] = by_order.get(order, 0) + factor
+    return sum(profile[order] * factor for order, factor in by_order.items())
+
+
+#
+# Feature kernels: k = pair(f(x), f(y)).
+#
+# The features' derivatives are computed once for each point. A function F of the
+# features and of their derivatives is differentiated along the points' dimension i by
+# moving each derivative f^(a) in the direction f^(a + e_i).
+#
+
+
+@one_sided.register
+def _(kernel: AbstractFeatureKernel, indices, x):
+    return {a: derivative(kernel.features, a)(x) for a in closure(indices)}
+
+
+@pairs.register
+def _(kernel: AbstractFeatureKernel, left_indices, right_indices, left, right):
+    def start(left, right):
+        dim = len(left_indices[0])
+        return kernel.pair(left[(0,) * dim], right[(0,) * dim])
+
+    out = {}
+    for a in left_indices:
+        for b in right_indices:
+            inner = lambda left, b=b: _total(lambda r: start(left, r), b)(right)
+            out[a, b] = _total(inner, a)(left)
+    return out
+
+
+def _total(fn, index: Index):
+    for axis, order in enumerate(index):
+        for _ in range(order):
+            fn = _total_along(fn, axis)
+    return fn
+
+
+def _total_along(fn, axis: int):
+    def differentiated(features):
+        tangents = {}
+        for index, value in features.items():
+            above = tuple(n + (d == axis) for d, n in enumerate(index))
+            zero = jtu.tree_map(jnp.zeros_like, value)
+            tangents[index] = features.get(above, zero)
+        return jax.jvp(fn, (features,), (tangents,))[1]
+
+    return differentiated
+
+
+#
+# Kernels made of kernels
+#
+
+
+@one_sided.register
+def _(kernel: Sum, indices, x):
+    return tuple(one_sided(k, indices, x) for k in kernel.kernels)
+
+
+@pairs.register
+def _(kernel: Sum, left_indices, right_indices, left, right):
+    tables = [
+        pairs(k, left_indices, right_indices, a, b)
+        for k, a, b in zip(kernel.kernels, left, right)
+    ]
+    return {key: sum(t[key] for t in tables) for key in tables[0]}
+
+
+@one_sided.register
+def _(kernel: Product, indices, x):
+    return tuple(one_sided(k, closure(indices), x) for k in kernel.kernels)
+
+
+@pairs.register
+def _(kernel: Product, left_indices, right_indices, left, right):
+    # Leibniz' rule, factor by factor.
+    lefts, rights = closure(left_indices), closure(right_indices)
+    tables = [
+        pairs(k, lefts, rights, a, b) for k, a, b in zip(kernel.kernels, left, right)
+    ]
+    table = tables[0]
+    for i, other in enumerate(tables[1:]):
+        last = i == len(tables) - 2
+        keys = (left_indices, right_indices) if last else (lefts, rights)
+        table = {key: _leibniz(table, other, *key) for key in it.product(*keys)}
+    return table
+
+
+def _leibniz(one: Table, two: Table, a: Index, b: Index):
+    total = 0
+    for a1 in closure([a]):
+        for b1 in closure([b]):
+            count = math.prod(map(math.comb, a + b, a1 + b1))
+            a2 = tuple(m - n for m, n in zip(a, a1))
+            b2 = tuple(m - n for m, n in zip(b, b1))
+            total = total + count * one[a1, b1] * two[a2, b2]
+    return total
+
+
+@one_sided.register
+def _(kernel: Scaled, indices, x):
+    return one_sided(kernel.kernel, indices, x)
+
+
+@pairs.register
+def _(kernel: Scaled, left_indices, right_indices, left, right):
+    table = pairs(kernel.kernel, left_indices, right_indices, left, right)
+    return {key: value_of(kernel.variance) * entry for key, entry in table.items()}
+
+
+@pairs.register
+def _(kernel: Constant, left_indices, right_indices, left, right):
+    value = value_of(kernel.value)
+    keys = it.product(left_indices, right_indices)
+    return {(a, b): jnp.zeros_like(value) if any(a + b) else value for a, b in keys}
+
+
+def _inside(dims: tuple[int, ...], indices: tuple[Index, ...]):
+    # The derivatives that act only in the subspace, as indices there.
+    inner = lambda index: tuple(index[d] for d in dims)
+    return {index: inner(index) for index in indices if sum(inner(index)) == sum(index)}
+
+
+def _distinct(values: Iterable[Index], fallback: int) -> tuple[Index, ...]:
+    return tuple(dict.fromkeys(values)) or ((0,) * fallback,)
+
+
+@one_sided.register
+def _(kernel: Subspace, indices, x):
+    dims = kernel.dims
+    inner = _distinct(_inside(dims, indices).values(), len(dims))
+    return one_sided(kernel.kernel, inner, x[jnp.array(dims)])
+
+
+@pairs.register
+def _(kernel: Subspace, left_indices, right_indices, left, right):
+    dims = kernel.dims
+    lefts, rights = _inside(dims, left_indices), _inside(dims, right_indices)
+    table = pairs(
+        kernel.kernel,
+        _distinct(lefts.values(), len(dims)),
+        _distinct(rights.values(), len(dims)),
+        left,
+        right,
+    )
+    zero = jnp.zeros_like(next(iter(table.values())))
+    return {
+        (a, b): table[lefts[a], rights[b]] if a in lefts and b in rights else zero
+        for a, b in it.product(left_indices, right_indices)
+    }
+
+
+@one_sided.register
+def _(kernel: Stretched, indices, x):
+    return one_sided(kernel.kernel, indices, x / value_of(kernel.factor))
+
+
+@pairs.register
+def _(kernel: Stretched, left_indices, right_indices, left, right):
+    table = pairs(kernel.kernel, left_indices, right_indices, left, right)
+    factor = value_of(kernel.factor)
+    return {
+        (a, b): entry / _power(factor, sum(a + b)) for (a, b), entry in table.items()
+    }

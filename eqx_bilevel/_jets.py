@@ -1,0 +1,268 @@
+"""Operators are traced: which derivatives they ask for, and which enter nonlinearly."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+
+# How often to differentiate along each dimension: (0, 0) is the value, (2, 0) is the
+# second derivative along the first dimension.
+Index = tuple[int, ...]
+
+
+def derivative(fn: Callable, index: Index) -> Callable:
+    # Nested forward mode: `fn` may return any pytree.
+    for axis, order in enumerate(index):
+        for _ in range(order):
+            fn = _along(fn, axis)
+    return fn
+
+
+def _along(fn: Callable, axis: int) -> Callable:
+    def differentiated(x):
+        direction = jnp.zeros_like(x).at[axis].set(1)
+        return jax.jvp(fn, (x,), (direction,))[1]
+
+    return differentiated
+
+
+class Jet:
+    """An unknown function at a point, as an operator sees it: its value and its partial
+    derivatives there. What an operator uses is found out by tracing it, so nothing has
+    to be declared.
+
+    With one unknown, an operator is called as `operator(u, x)` with `u` a `Jet`. With
+    several unknowns, `u` is a dictionary of them.
+    """
+
+    def __init__(self, get: Callable[[Index], Float[Array, ""]], dim: int):
+        self._get = get
+        self._dim = dim
+
+    @property
+    def value(self) -> Float[Array, ""]:
+        """The value."""
+        return self._get((0,) * self._dim)
+
+    def d(self, *axes: int) -> Float[Array, ""]:
+        """A partial derivative: `u.d(0)` is the first derivative along dimension 0,
+        `u.d(1, 1)` the second along dimension 1, and `u.d(0, 1)` the mixed one.
+        """
+        index = [0] * self._dim
+        for axis in axes:
+            if not -self._dim <= axis < self._dim:
+                raise ValueError(
+                    f"`u.d{axes}` asks for a derivative along dimension {axis}, but "
+                    f"the points have {self._dim} dimension(s): 0 to {self._dim - 1}."
+                )
+            index[axis] += 1
+        return self._get(tuple(index))
+
+    @property
+    def grad(self) -> Float[Array, " d"]:
+        """All first derivatives."""
+        return jnp.stack([self.d(i) for i in range(self._dim)])
+
+    @property
+    def laplacian(self) -> Float[Array, ""]:
+        """The sum of the second derivatives along each dimension."""
+        terms = [self.d(i, i) for i in range(self._dim)]
+        return sum(terms[1:], terms[0])
+
+    @property
+    def hessian(self) -> Float[Array, "d d"]:
+        """All second derivatives."""
+        dims = range(self._dim)
+        return jnp.stack([jnp.stack([self.d(i, j) for j in dims]) for i in dims])
+
+    def __repr__(self):
+        return f"Jet(dim={self._dim})"
+
+
+class Unknowns(NamedTuple):
+    # Which unknowns an operator is given.
+    names: tuple[str, ...]
+    single: bool  # whether it gets the jet itself instead of a dictionary
+
+
+class Trace(NamedTuple):
+    # What an operator was found to do. Hashable, hence static.
+    jets: tuple[tuple[str, Index], ...]  # (unknown, index), in a fixed order
+    nonlinear: tuple[int, ...]  # positions in `jets`
+    shapes: tuple[tuple[int, ...], ...]  # of the arrays that it returns
+
+    @property
+    def size(self) -> int:
+        # How many scalars it returns.
+        return sum(math.prod(shape) for shape in self.shapes)
+
+
+def _view(names: Sequence[str], single: bool, get: Callable, dim: int):
+    # `get(name, index)` gives an entry of a jet.
+    views = {
+        name: Jet(lambda index, name=name: get(name, index), dim) for name in names
+    }
+    return views[names[0]] if single else views
+
+
+def _ravel(out: Any, dtype) -> Float[Array, " q"]:
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(out)]
+    if any(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in leaves):
+        raise ValueError(
+            "An operator returned complex numbers. Use one unknown for the real and "
+            "one for the imaginary part, and return both residuals."
+        )
+    return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in leaves])
+
+
+def evaluate(
+    operator: Callable,
+    unknowns: Unknowns,
+    jets: Sequence[tuple[str, Index]],
+    values: Any,
+    x: Float[Array, " d"],
+) -> Any:
+    # What the operator returns where its jets have these values.
+    table = {jet: values[i] for i, jet in enumerate(jets)}
+    get = lambda name, index: table[name, index]
+    return operator(_view(unknowns.names, unknowns.single, get, x.shape[0]), x)
+
+
+def residual(
+    operator: Callable,
+    unknowns: Unknowns,
+    jets: Sequence[tuple[str, Index]],
+    values: Sequence[Shaped[Array, ""]],
+    x: Float[Array, " d"],
+) -> Float[Array, " q"]:
+    # Flattened, as a function of the numbers that make up its jets.
+    return _ravel(evaluate(operator, unknowns, jets, values, x), x.dtype)
+
+
+def trace(operator: Callable, unknowns: Unknowns, dim: int, dtype, name: str) -> Trace:
+    # `name` is the condition's, for messages.
+    if not callable(operator):
+        raise ValueError(
+            f"The operator of condition {name!r} must be a callable `(u, x)`, but is "
+            f"a {type(operator).__name__}."
+        )
+    asked = {}
+
+    def record(unknown, index):
+        asked[unknown, index] = None
+        return jnp.zeros((), dtype)
+
+    def run(x):
+        out = operator(_view(unknowns.names, unknowns.single, record, dim), x)
+        if any(isinstance(leaf, Jet) for leaf in jax.tree.leaves(out)):
+            raise ValueError(
+                f"The operator of condition {name!r} returned the unknown itself. "
+                "Return a number made from it, such as `u.value`."
+            )
+        if len(jax.tree.leaves(out)) == 0:
+            raise ValueError(f"The operator of condition {name!r} returned nothing.")
+        return [
+            _ravel(leaf, dtype).reshape(jnp.shape(leaf))
+            for leaf in jax.tree.leaves(out)
+        ]
+
+    point = jax.ShapeDtypeStruct((dim,), dtype)
+    try:
+        out = eqx.filter_eval_shape(run, point)
+    except Exception as error:
+        kind = (
+            "a jet" if unknowns.single else f"a dictionary with keys {unknowns.names}"
+        )
+        error.add_note(
+            f"This happened in the operator of condition {name!r}, which is called as "
+            f"`operator(u, x)` with `u` {kind} and `x` of shape ({dim},)."
+        )
+        raise
+    if len(asked) == 0:
+        raise ValueError(
+            f"The operator of condition {name!r} does not depend on the unknown: it "
+            "should use `u.value`, `u.d(...)`, `u.grad`, `u.laplacian` or `u.hessian`."
+        )
+    order = lambda jet: (unknowns.names.index(jet[0]), sum(jet[1]), jet[1])
+    jets = tuple(sorted(asked, key=order))
+    nonlinear = _nonlinear(operator, unknowns, jets, point)
+    return Trace(jets, nonlinear, tuple(leaf.shape for leaf in out))
+
+
+def _nonlinear(operator, unknowns, jets, point) -> tuple[int, ...]:
+    # An entry of a jet enters nonlinearly if the operator's derivative, with respect to
+    # whatever entry, depends on it.
+    def derivatives(x, *values):
+        out = []
+        for i, value in enumerate(values):
+
+            def along(v, i=i):
+                rest = [*values[:i], v, *values[i + 1 :]]
+                return residual(operator, unknowns, jets, rest, x)
+
+            out.append(jax.jvp(along, (value,), (jnp.ones_like(value),))[1])
+        return out
+
+    scalar = jax.ShapeDtypeStruct((), point.dtype)
+    jaxpr = jax.make_jaxpr(derivatives)(point, *[scalar] * len(jets)).jaxpr
+    inputs = [frozenset(), *[frozenset([i]) for i in range(len(jets))]]
+    return tuple(sorted(frozenset().union(*_dependences(jaxpr, inputs))))
+
+
+# Primitives that just call their `jaxpr` on their operands.
+_CALLS = ("jit", "pjit", "closed_call", "remat", "checkpoint")
+
+
+def _dependences(jaxpr, inputs: Sequence[frozenset]) -> list[frozenset]:
+    # On which inputs each output of a jaxpr may depend. Never too few: whatever is not
+    # understood is taken to depend on all of its operands.
+    nothing = frozenset()
+    found = dict(zip(jaxpr.invars, inputs))
+    read = lambda v: nothing if isinstance(v, jex.Literal) else found.get(v, nothing)
+    for eqn in jaxpr.eqns:
+        operands = [read(v) for v in eqn.invars]
+        inner = eqn.params.get("jaxpr") if eqn.primitive.name in _CALLS else None
+        inner = getattr(inner, "jaxpr", inner)
+        if inner is not None and len(inner.invars) == len(operands):
+            outs = _dependences(inner, operands)
+        else:
+            outs = [nothing.union(*operands)] * len(eqn.outvars)
+        found.update(zip(eqn.outvars, outs))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def linearise(
+    operator: Callable,
+    unknowns: Unknowns,
+    trace: Trace,
+    z: Float[Array, " k"],
+    x: Float[Array, " d"],
+) -> tuple[Float[Array, "q p"], Float[Array, " q"]]:
+    # `jacobian, offset` with `operator = jacobian @ jets - offset` to first order
+    # around those jets whose nonlinear entries are `z`. Neither depends on the other
+    # entries, so these are put to zero.
+    values = jnp.zeros(len(trace.jets), x.dtype)
+    values = values.at[jnp.array(trace.nonlinear, int)].set(z)
+    fn = lambda v: residual(operator, unknowns, trace.jets, list(v), x)
+    jacobian = jax.jacfwd(fn)(values)
+    return jacobian, jacobian @ values - fn(values)
+
+
+def nonlinear_part(
+    operator: Callable,
+    unknowns: Unknowns,
+    trace: Trace,
+    z: Float[Array, " k"],
+    x: Float[Array, " d"],
+) -> Float[Array, " q"]:
+    # The operator where all entries that enter linearly are zero. The operator itself
+    # is this plus a part that is linear in those entries and independent of `z`.
+    values = jnp.zeros(len(trace.jets), x.dtype)
+    values = values.at[jnp.array(trace.nonlinear, int)].set(z)
+    return residual(operator, unknowns, trace.jets, list(values), x)

@@ -1,0 +1,151 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree, ScalarLike
+
+from .._parameters import AbstractParameter, unwrap, value_of
+from ._base import (
+    AbstractFeatureKernel,
+    AbstractKernel,
+    as_kernel,
+    rescale,
+    smoothness,
+)
+from ._fields import multiply_parameter, positive_field, replace
+
+
+def _lengthscale_function(lengthscale: Any) -> Any:
+    if not callable(unwrap(lengthscale)):
+        raise ValueError(
+            "`lengthscale` of `Gibbs` must be a function of the point, such as a "
+            f"`LengthscaleNetwork`; got {lengthscale!r}. For a constant lengthscale, "
+            "use `Gaussian`."
+        )
+    return lengthscale
+
+
+class Gibbs(AbstractFeatureKernel):
+    r"""The Gibbs kernel: a Gaussian kernel whose lengthscale $\ell(x)$ varies from
+    point to point:
+
+    $$
+    k(x, y) = \prod_d \sqrt{\frac{2 \ell_d(x) \ell_d(y)}{\ell_d(x)^2 + \ell_d(y)^2}}
+    \exp\left(-\frac{(x_d - y_d)^2}{\ell_d(x)^2 + \ell_d(y)^2}\right).
+    $$
+
+    It is positive definite for any positive function $\ell$, and equals
+    [`eqx_bilevel.Gaussian`][] if that is constant. If the same lengthscale serves for
+    all dimensions then the product is over equal factors, so that the square root
+    appears to the power $d$.
+    """
+
+    lengthscale: Callable[[Array], Array] | AbstractParameter = eqx.field(
+        converter=_lengthscale_function
+    )
+
+    def features(
+        self, x: Float[Array, " d"]
+    ) -> tuple[Float[Array, " d"], Float[Array, "..."]]:
+        length = jnp.asarray(unwrap(self.lengthscale)(x))
+        if length.shape not in ((), x.shape):
+            raise ValueError(
+                f"`lengthscale` of `Gibbs` returned an array of shape {length.shape} "
+                f"for a point of shape {x.shape}. It must return a scalar, or one "
+                "number for each dimension."
+            )
+        return x, length
+
+    def pair(self, f: PyTree[Array], g: PyTree[Array]) -> Float[Array, ""]:
+        (x, length_x), (y, length_y) = f, g
+        squares = length_x * length_x + length_y * length_y
+        # Everything in the exponent: derivatives of a logarithm of a product are cheap,
+        # those of a square root of it are not. A scalar counts once per dimension.
+        prefactor = jnp.sum(jnp.log(2 * length_x * length_y / squares))
+        if jnp.ndim(length_x) == 0:
+            prefactor = prefactor * x.size
+        return jnp.exp(0.5 * prefactor - jnp.sum((x - y) ** 2 / squares))
+
+
+Gibbs.__init__.__doc__ = r"""**Arguments:**
+
+- `lengthscale`: the function $\ell$, any callable: most often an Equinox module such as
+    [`eqx_bilevel.LengthscaleNetwork`][], whose arrays are then learned. It takes a
+    point of shape `(d,)` and returns positive numbers, either a scalar or an array of
+    shape `(d,)`.
+"""
+
+
+def _warp_function(warp: Any) -> Any:
+    if not callable(unwrap(warp)):
+        raise ValueError(f"`warp` must be a function of the point; got {warp!r}.")
+    return warp
+
+
+class Warped(AbstractFeatureKernel):
+    """A kernel of transformed points: `kernel(warp(x), warp(y))`."""
+
+    kernel: AbstractKernel | AbstractParameter = eqx.field(converter=as_kernel)
+    warp: Callable[[Array], Array] | AbstractParameter = eqx.field(
+        converter=_warp_function
+    )
+
+    def features(self, x: Float[Array, " d"]) -> PyTree[Array]:
+        z = jnp.asarray(unwrap(self.warp)(x))
+        if z.ndim != 1:
+            raise ValueError(
+                "`warp` of `Warped` must return a point, that is an array with one "
+                f"axis; got shape {z.shape}."
+            )
+        kernel = value_of(self.kernel)
+        if isinstance(kernel, AbstractFeatureKernel):
+            return kernel.features(z)
+        return z
+
+    def pair(self, f: PyTree[Array], g: PyTree[Array]) -> Float[Array, ""]:
+        kernel = value_of(self.kernel)
+        if isinstance(kernel, AbstractFeatureKernel):
+            return kernel.pair(f, g)
+        return kernel(f, g)
+
+
+Warped.__init__.__doc__ = """**Arguments:**
+
+- `kernel`: any kernel.
+- `warp`: any callable, most often an Equinox module. It takes a point of shape `(d,)`
+    and returns a point of any dimension.
+"""
+
+
+@smoothness.register(Warped)
+def _(kernel: Warped) -> int | float:
+    return smoothness(kernel.kernel)
+
+
+@rescale.register(Warped)
+def _(kernel: Warped, factor: ScalarLike) -> Warped:
+    return Warped(rescale(kernel.kernel, factor), kernel.warp)
+
+
+# The factor is learned along with the function's own parameters. Were it frozen,
+# gradients with respect to the factor given to `rescale` would silently be zero.
+class _Rescaled(eqx.Module):
+    fn: Callable[[Array], Array]
+    factor: AbstractParameter = eqx.field(converter=positive_field("factor", 0))
+
+    def __call__(self, x: Float[Array, " d"]) -> Float[Array, "..."]:
+        length = jnp.asarray(unwrap(self.fn)(x))
+        return length * jnp.asarray(value_of(self.factor), length.dtype)
+
+
+@rescale.register(Gibbs)
+def _(kernel: Gibbs, factor: ScalarLike) -> Gibbs:
+    fn = kernel.lengthscale
+    if isinstance(fn, AbstractParameter):
+        return kernel  # Frozen.
+    if isinstance(fn, _Rescaled):
+        new = replace(fn, "factor", multiply_parameter(fn.factor, factor))
+    else:
+        new = _Rescaled(fn, jnp.asarray(factor))
+    return Gibbs(new)

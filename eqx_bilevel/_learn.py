@@ -1,0 +1,347 @@
+"""The outer problem: learning hyperparameters."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from ._adjoint import FixedPointAdjoint, FrozenAdjoint
+from ._condition import Condition, GaussianProcess
+from ._gauss_newton import GaussNewton
+from ._krylov import FixedPointGMRES
+from ._objectives import AbstractObjective
+from ._outer import (
+    cold_start,
+    evaluate,
+    optax_step,
+    optimistix_init,
+    optimistix_step,
+    Outcome,
+    Start,
+    Task,
+)
+from ._parameters import AbstractParameter, learnable
+from ._quasi_newton import BoundedBFGS
+from ._results import RESULTS
+from ._scale import search_scale
+from ._solution import Solution
+from ._solve import checked
+
+
+_Optimiser = (
+    optax.GradientTransformation
+    | optx.AbstractLeastSquaresSolver
+    | optx.AbstractMinimiser
+)
+
+
+class Learned(eqx.Module):
+    """Learned hyperparameters.
+
+    **Attributes:**
+
+    - `prior`, `conditions`: As given to [`eqx_bilevel.learn`][], with the best
+        hyperparameters that were found: those with the smallest objective.
+    - `solution`: The [`eqx_bilevel.Solution`][] for them.
+    - `objective`: Its objective.
+    - `converged`: Whether the optimiser stopped by itself, before `steps` was reached.
+    - `history`: A dictionary of NumPy arrays with one entry for each step, that can be
+        given to `pandas.DataFrame`: `seconds` since the start, `objective`, `best` (so
+        far), `batch` (the objective of the batch that the step used), `accepted`,
+        `inner_steps` and `jitter`.
+    - `scale_search`: The pairs of a lengthscale and an objective that were tried before
+        the first step.
+    """
+
+    prior: GaussianProcess | dict[str, GaussianProcess]
+    conditions: list[Condition]
+    solution: Solution
+    objective: Array
+    converged: bool
+    history: dict[str, np.ndarray]
+    scale_search: list[tuple[float, float]]
+
+
+class LearningError(RuntimeError):
+    """Raised by [`eqx_bilevel.learn`][] if no hyperparameters with a finite objective
+    were found, or if the last inner solve failed. `learned` is what there is.
+    """
+
+    def __init__(self, message: str, learned: Learned):
+        super().__init__(message)
+        self.learned = learned
+
+
+def learn(
+    prior: GaussianProcess | Mapping[str, GaussianProcess],
+    conditions: Sequence[Condition],
+    objective: AbstractObjective,
+    optimiser: _Optimiser | None = None,
+    *,
+    gradient: str = "implicit",
+    steps: int = 1000,
+    scale_search: int | bool = True,
+    solver: GaussNewton = GaussNewton(),
+    max_inner_steps: int = 50,
+    rtol: float = 1e-3,
+    patience: int | None = None,
+    key: PRNGKeyArray | None = None,
+    verbose: bool | Callable[[dict[str, Any]], None] = False,
+    throw: bool = True,
+) -> Learned:
+    """Learns hyperparameters: minimises an objective of the solution of the inner
+    problem. See [the method](../method.md#the-outer-problem).
+
+    Learned are all floating-point arrays in the prior, and the parameters in the
+    conditions ([`eqx_bilevel.Positive`][], [`eqx_bilevel.Unconstrained`][], ...),
+    except for what is inside an [`eqx_bilevel.Frozen`][].
+
+    This is a Python loop around compiled steps, and cannot itself be compiled. Steps at
+    which the objective is not finite, or whose inner solve fails, are taken back and
+    shortened; each inner solve starts from where the last one ended.
+
+    **Arguments:**
+
+    - `prior`: A [`eqx_bilevel.GaussianProcess`][], or a dictionary of them.
+    - `conditions`: A list of [`eqx_bilevel.Condition`][]s.
+    - `objective`: An [`eqx_bilevel.AbstractObjective`][], or a sum of them.
+    - `optimiser`: An Optax optimiser; or an Optimistix minimiser (of the logarithm of
+        the objective) or least-squares solver, which need few steps if there are few
+        hyperparameters. Default: [`eqx_bilevel.BoundedBFGS`][] for up to 20
+        hyperparameters, and otherwise `optax.adam(1e-3)`.
+
+    The remaining arguments are keyword-only.
+
+    - `gradient`: `"implicit"` (exact) or `"frozen"` (of the paper).
+    - `steps`: The largest number of steps.
+    - `scale_search`: Whether to first try a few common factors of all lengthscales; or
+        how many. They are spread between the distance of the points and the size of the
+        domain.
+    - `solver`: The inner solver.
+    - `max_inner_steps`: The largest number of Gauss-Newton steps for each outer step.
+        With `gradient="frozen"` and `max_inner_steps=1`, each outer step costs one
+        linearised solve.
+    - `rtol`, `patience`: Stop if the objective has not decreased by this factor in that
+        many steps. Default: 5 steps for Optimistix, 200 for Optax.
+    - `key`: A JAX random key, for objectives with batches.
+    - `verbose`: Whether to print one line for each step; or a function that is called
+        with a dictionary, whose entries are those of `history`, and `step`.
+    - `throw`: Whether to raise an error if nothing could be learned.
+
+    **Returns:**
+
+    A [`eqx_bilevel.Learned`][].
+
+    **Raises:**
+
+    A `ValueError` for wrong arguments, as in [`eqx_bilevel.solve`][]. A
+    `LearningError`, which has what was found up to then as `learned`, if `throw` is
+    true and there is no useful solution.
+    """
+    adjoint = _adjoint(gradient)
+    prior, conditions = checked(prior, conditions)
+    if not isinstance(objective, AbstractObjective):
+        raise ValueError(
+            "`objective` must be an `eqx_bilevel.AbstractObjective`, got a "
+            f"{type(objective).__name__}."
+        )
+    if objective.batched and key is None:
+        raise ValueError("`key` is needed, since the objective uses random batches.")
+    task = Task(None, objective, solver, adjoint, max_inner_steps)
+    theta, task = _separate(prior, conditions, task)
+    optimiser = _optimiser(optimiser, theta)
+    record = _Record(verbose)
+    tried: list[tuple[float, float]] = []
+    if scale_search:
+        num = 8 if scale_search is True else scale_search
+        prior, tried = _search(prior, conditions, task, num)
+        theta, task = _separate(prior, conditions, task)
+    if isinstance(optimiser, optax.GradientTransformation):
+        key = jax.random.key(0) if key is None else key
+        run = _run_optax(optimiser, theta, task, steps, key)
+        patience = 200 if patience is None else patience
+    else:
+        run = _run_optimistix(optimiser, theta, task, steps)
+        patience = 5 if patience is None else patience
+    converged = _follow(run, record, rtol, patience)
+    learned = _finish(theta, task, record, converged, tried)
+    failed = learned.solution.result != RESULTS.successful
+    if throw and (failed or not np.isfinite(learned.objective)):
+        message = RESULTS[learned.solution.result] or "The objective is not finite."
+        raise LearningError(f"Nothing useful was learned. {message}", learned)
+    return learned
+
+
+def _adjoint(gradient: str) -> optx.AbstractAdjoint:
+    # A step with a poor gradient is better than an error.
+    exact = FixedPointAdjoint(FixedPointGMRES(accept=np.inf))
+    adjoints = {"implicit": exact, "frozen": FrozenAdjoint()}
+    if gradient not in adjoints:
+        raise ValueError(
+            f"`gradient` must be 'implicit' or 'frozen', got {gradient!r}."
+        )
+    return adjoints[gradient]
+
+
+def _optimiser(optimiser, theta) -> _Optimiser:
+    size = sum(x.size for x in jax.tree.leaves(theta))
+    if size == 0:
+        raise ValueError(
+            "There is nothing to learn: `prior` has no arrays outside of "
+            "`eqx_bilevel.Frozen`, and `conditions` no parameters."
+        )
+    if optimiser is None:
+        few = size <= 20
+        return BoundedBFGS(1e-3, 1e-3) if few else optax.adam(1e-3)
+    if not isinstance(optimiser, _Optimiser):
+        raise ValueError(
+            "`optimiser` must be an Optax optimiser, or an Optimistix least-squares "
+            f"solver or minimiser, got a {type(optimiser).__name__}."
+        )
+    return optimiser
+
+
+def _separate(prior, conditions, task: Task) -> tuple[PyTree, Task]:
+    # What is learned and what is not. In conditions only parameters are learned, and
+    # their points and targets are data.
+    is_parameter = lambda x: isinstance(x, AbstractParameter)
+    in_conditions = jax.tree.map(
+        lambda x: learnable(x) if is_parameter(x) else False,
+        conditions,
+        is_leaf=is_parameter,
+    )
+    spec = (learnable(prior), in_conditions)
+    theta, rest = eqx.partition((prior, conditions), spec)
+    return theta, eqx.tree_at(lambda t: t.rest, task, rest, is_leaf=lambda x: x is None)
+
+
+#
+# The loop
+#
+
+
+class _Record:
+    # What happened, and the best hyperparameters so far.
+
+    def __init__(self, verbose):
+        self.verbose = verbose
+        self.start = time.perf_counter()
+        self.rows: list[dict[str, Any]] = []
+        self.best = np.inf
+        self.theta: PyTree = None
+        self.next_z: Any = None
+
+    def add(self, theta, outcome: Outcome, batch: float, accepted: bool) -> None:
+        objective = float(outcome.objective)
+        if accepted and objective < self.best:
+            self.best, self.theta, self.next_z = objective, theta, outcome.next_z
+        row = dict(
+            seconds=time.perf_counter() - self.start,
+            objective=objective,
+            best=self.best,
+            batch=batch,
+            accepted=accepted,
+            inner_steps=int(outcome.inner_steps),
+            jitter=float(outcome.jitter),
+        )
+        self.rows.append(row)
+        report = dict(step=len(self.rows), **row)
+        if callable(self.verbose):
+            self.verbose(report)
+        elif self.verbose:
+            print(
+                "step {step:5d}   objective {objective:.6e}   best {best:.6e}   "
+                "inner steps {inner_steps:3d}   {seconds:.1f} s".format(**report),
+                flush=True,
+            )
+
+    def stalled(self, rtol: float, patience: int) -> bool:
+        if len(self.rows) <= patience:
+            return False
+        return self.best >= (1 - rtol) * self.rows[-1 - patience]["best"]
+
+    def history(self) -> dict[str, np.ndarray]:
+        names = self.rows[0] if self.rows else ()
+        return {name: np.array([row[name] for row in self.rows]) for name in names}
+
+
+def _follow(run, record: _Record, rtol: float, patience: int) -> bool:
+    for theta, outcome, batch, accepted, done in run:
+        record.add(theta, outcome, batch, accepted)
+        if done or record.stalled(rtol, patience):
+            return True
+    return False
+
+
+def _run_optax(optimiser, theta, task, steps, key):
+    opt_state = optimiser.init(theta)
+    start = cold_start(theta, task)
+    last, length = None, 1.0
+    for i in range(steps):
+        step = optax_step(
+            optimiser, opt_state, theta, task, start, jax.random.fold_in(key, i)
+        )
+        ok = bool(step.ok)
+        yield theta, step.outcome, float(step.value), ok, False
+        if ok:
+            start = Start(step.outcome.next_z, jnp.array(False))
+            opt_state, last = step.opt_state, (theta, step.updates)
+            length = min(1.0, 2 * length)
+        else:
+            # Shorten the step that led here. Without one, there is nowhere to go back
+            # to.
+            length = length / 4
+            if last is None or length < 1e-6:
+                return
+        base, updates = last
+        scaled = jax.tree.map(lambda u: length * u, updates)
+        theta = eqx.apply_updates(base, scaled)
+
+
+def _run_optimistix(optimiser, theta, task, steps):
+    start = cold_start(theta, task)
+    vector, unravel = ravel_pytree(theta)
+    state = optimistix_init(optimiser, theta, task, start)
+    for _ in range(steps):
+        step = optimistix_step(optimiser, state, vector, theta, task, start)
+        vector, state = step.vector, step.state
+        ok = bool(jnp.isfinite(step.outcome.objective))
+        yield unravel(vector), step.outcome, float("nan"), ok, bool(step.done)
+        if ok:
+            start = Start(step.outcome.next_z, jnp.array(False))
+
+
+def _search(prior, conditions, task: Task, num: int):
+    def value(candidate):
+        theta, scaled = _separate(candidate, conditions, task)
+        _, outcome = evaluate(theta, scaled, cold_start(theta, scaled))
+        objective = float(outcome.objective)
+        return objective if np.isfinite(objective) else np.inf
+
+    return search_scale(prior, conditions, value, num)
+
+
+def _finish(theta, task: Task, record: _Record, converged: bool, tried) -> Learned:
+    if record.theta is None:
+        start = cold_start(theta, task)
+    else:
+        theta, start = record.theta, Start(record.next_z, jnp.array(False))
+    solution, outcome = evaluate(theta, task, start)
+    prior, conditions = eqx.combine(theta, task.rest)
+    return Learned(
+        prior=prior,
+        conditions=conditions,
+        solution=solution,
+        objective=outcome.objective,
+        converged=converged,
+        history=record.history(),
+        scale_search=tried,
+    )

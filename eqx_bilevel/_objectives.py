@@ -1,0 +1,163 @@
+"""What the outer problem minimises."""
+
+import abc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
+
+from ._condition import as_points, Condition
+from ._parameters import unwrap
+from ._problem import condition_name, target_array
+from ._solution import Solution
+
+
+class AbstractObjective(eqx.Module):
+    """An outer objective: half a sum of squares of some residuals of a solution.
+    Objectives can be added, and multiplied with positive numbers.
+    """
+
+    @abc.abstractmethod
+    def residuals(self, solution: Solution) -> Float[Array, " r"]:
+        """What is squared and summed."""
+
+    @abc.abstractmethod
+    def batch(self, key: PRNGKeyArray) -> "AbstractObjective":
+        """A random part of the objective, of the same size each time, whose expectation
+        is the whole; or the objective itself, if it does not use batches.
+        """
+
+    @property
+    @abc.abstractmethod
+    def batched(self) -> bool:
+        """Whether `batch` returns less than the whole."""
+
+    def __call__(self, solution: Solution) -> Float[Array, ""]:
+        """The value of the objective."""
+        return 0.5 * jnp.sum(self.residuals(solution) ** 2)
+
+    def __add__(self, other: "AbstractObjective") -> "AbstractObjective":
+        if not isinstance(other, AbstractObjective):
+            return NotImplemented
+        return _WeightedSum((self, other), (1.0, 1.0))
+
+    def __mul__(self, weight: float) -> "AbstractObjective":
+        return _WeightedSum((self,), (weight,))
+
+    def __rmul__(self, weight: float) -> "AbstractObjective":
+        return self * weight
+
+
+class _WeightedSum(AbstractObjective):
+    objectives: tuple[AbstractObjective, ...]
+    weights: tuple[float, ...]
+
+    def residuals(self, solution):
+        pairs = zip(self.objectives, self.weights)
+        return jnp.concatenate([w**0.5 * o.residuals(solution) for o, w in pairs])
+
+    def batch(self, key):
+        keys = jax.random.split(key, len(self.objectives))
+        batches = tuple(o.batch(k) for o, k in zip(self.objectives, keys))
+        return _WeightedSum(batches, self.weights)
+
+    @property
+    def batched(self):
+        return any(o.batched for o in self.objectives)
+
+
+class ValidationResidual(AbstractObjective):
+    """How well a condition holds at points where it was not imposed.
+
+    It is half the sum of the squares of operator minus target, as in the paper
+    ([arXiv:2510.05568](https://arxiv.org/abs/2510.05568)).
+    """
+
+    points: Float[Array, "n d"]
+    target: PyTree | None
+    condition: str | None = eqx.field(static=True)
+    batch_size: int | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        points: ArrayLike,
+        condition: str | None = None,
+        *,
+        target: PyTree | None = None,
+        batch_size: int | None = None,
+    ):
+        self.points = as_points(points)
+        self.target = target
+        self.condition = condition
+        n = len(self.points)
+        if batch_size is not None and not 1 <= batch_size <= n:
+            raise ValueError(
+                "`batch_size` must be between 1 and the number of points, which is "
+                f"{n}, got {batch_size}."
+            )
+        self.batch_size = None if batch_size == n else batch_size
+
+    def residuals(self, solution: Solution) -> Float[Array, " r"]:
+        condition = self._find(solution.conditions)
+        target = condition.target if self.target is None else self.target
+        found = solution._trace(unwrap(condition.operator), self.points)
+        values = solution.apply(condition.operator, self.points)
+        leaves = [
+            leaf.reshape(len(self.points), -1) for leaf in jax.tree.leaves(values)
+        ]
+        wanted = target_array(unwrap(target), found, self.points, "of the validation")
+        return (jnp.concatenate(leaves, axis=1) - wanted).reshape(-1)
+
+    def batch(self, key: PRNGKeyArray) -> AbstractObjective:
+        if self.batch_size is None:
+            return self
+        n = len(self.points)
+        chosen = jax.random.choice(key, n, (self.batch_size,), replace=False)
+        where = lambda t: t[chosen] if eqx.is_array(t) and jnp.ndim(t) > 0 else t
+        target = jax.tree.map(where, self.target)
+        part = ValidationResidual(self.points[chosen], self.condition, target=target)
+        return part * (n / self.batch_size)
+
+    @property
+    def batched(self) -> bool:
+        return self.batch_size is not None
+
+    def _find(self, conditions: list[Condition]) -> Condition:
+        names = [condition_name(c, i) for i, c in enumerate(conditions)]
+        name = names[0] if self.condition is None else self.condition
+        if name not in names:
+            raise ValueError(
+                f"The validation objective is about condition {name!r}, but the "
+                f"conditions are {names}."
+            )
+        condition = conditions[names.index(name)]
+        target = condition.target
+        arrays = [t for t in jax.tree.leaves(target) if jnp.ndim(t) > 0]
+        if self.target is None and not callable(target) and arrays:
+            raise ValueError(
+                f"The target of condition {name!r} is known at its own points only. "
+                "Make it a function of a point, or give `ValidationResidual` its own "
+                "`target`."
+            )
+        return condition
+
+
+ValidationResidual.__init__.__doc__ = """**Arguments:**
+
+- `points`: Validation points, of shape `(n, d)`.
+- `condition`: The name of the condition. Default: the first one.
+
+The remaining arguments are keyword-only.
+
+- `target`: What the operator equals at these points, as in an
+    [`eqx_bilevel.Condition`][]. Default: the condition's target, which must then be a
+    number or a function.
+- `batch_size`: How many of the points, drawn anew for each step, a stochastic optimiser
+    sees at a time. Default: all of them.
+
+**Raises:**
+
+A `ValueError` if the batch size is not possible; and when it is evaluated, if there is
+no such condition or if its target is not known at these points.
+"""

@@ -1,0 +1,363 @@
+"""From priors and conditions to what one solve needs.
+
+The conditions are stacked into `M` scalar ones. Those entries of the jets that enter
+some operator nonlinearly are stacked into a vector `z` of size `N`. Everything is
+relative to the prior mean `m`: the unknown is `v = u - m`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._condition import Condition, GaussianProcess, mean_function
+from ._gram import Block, variances
+from ._jets import (
+    derivative,
+    Index,
+    linearise as linearise_operator,
+    nonlinear_part,
+    Trace,
+    trace as trace_operator,
+    Unknowns,
+)
+from ._kernels import AbstractKernel, smoothness
+from ._parameters import value_of
+
+
+class Rows(eqx.Module):
+    # One condition, ready to be imposed: `n` points, `q` scalars at each, `p` entries
+    # in a jet of which `k` enter nonlinearly.
+    operator: Callable
+    points: Float[Array, "n d"]
+    target: Float[Array, "n q"]
+    mean: Float[Array, "n p"]  # the prior mean's jets
+    variance: Float[Array, ""]  # Gamma is `variance + jitter * scale`
+    scale: Float[Array, ""]
+    trace: Trace = eqx.field(static=True)
+    unknowns: Unknowns = eqx.field(static=True)
+    name: str = eqx.field(static=True)
+
+    @property
+    def nonlinear(self) -> Float[Array, "n k"]:
+        # The nonlinear entries of the mean's jets.
+        return self.mean[:, jnp.array(self.trace.nonlinear, int)]
+
+
+class Problem(eqx.Module):
+    kernels: dict[str, AbstractKernel]
+    rows: tuple[Rows, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(r.target.size for r in self.rows)
+
+    @property
+    def z_size(self) -> int:
+        return sum(len(r.points) * len(r.trace.nonlinear) for r in self.rows)
+
+    @property
+    def dtype(self):
+        return self.rows[0].points.dtype
+
+
+#
+# Building it
+#
+
+
+def names_of(prior: Any) -> Unknowns:
+    if isinstance(prior, GaussianProcess):
+        return Unknowns(("u",), single=True)
+    if isinstance(prior, Mapping) and len(prior) > 0:
+        wrong = [n for n, p in prior.items() if not isinstance(p, GaussianProcess)]
+        if len(wrong) == 0:
+            return Unknowns(tuple(prior), single=False)
+    raise ValueError(
+        "`prior` must be an `eqx_bilevel.GaussianProcess`, or a dictionary of them "
+        f"with one for each unknown function, got {prior!r}."
+    )
+
+
+def condition_name(condition: Condition, position: int) -> str:
+    return condition.name or f"conditions[{position}]"
+
+
+def trace_conditions(prior: Any, conditions: Sequence[Condition]) -> list[Trace]:
+    # All that can go wrong whatever the values are, goes wrong here.
+    unknowns = names_of(prior)
+    if isinstance(conditions, Condition) or not isinstance(conditions, Sequence):
+        raise ValueError("`conditions` must be a list of `eqx_bilevel.Condition`s.")
+    if len(conditions) == 0:
+        raise ValueError("`conditions` is empty: nothing is known of the unknown.")
+    for condition in conditions:
+        if not isinstance(condition, Condition):
+            raise ValueError(
+                "`conditions` must hold `eqx_bilevel.Condition`s, got a "
+                f"{type(condition).__name__}."
+            )
+    dim, dtype = conditions[0].points.shape[1], conditions[0].points.dtype
+    traces = []
+    for i, condition in enumerate(conditions):
+        name, shape = condition_name(condition, i), condition.points.shape
+        if shape[1] != dim:
+            raise ValueError(
+                "All conditions must have points of the same dimension, but those of "
+                f"{name!r} have {shape[1]} and those of "
+                f"{condition_name(conditions[0], 0)!r} have {dim}."
+            )
+        if condition.points.dtype != dtype:
+            raise ValueError(
+                f"All points must have the same dtype, but those of {name!r} are "
+                f"{condition.points.dtype} and the first ones {dtype}."
+            )
+        traces.append(trace_operator(condition.operator, unknowns, dim, dtype, name))
+        _check_smoothness(_kernels(prior), traces[-1], name)
+    used = {unknown for t in traces for unknown, _ in t.jets}
+    unused = [name for name in unknowns.names if name not in used]
+    if unused:
+        raise ValueError(f"No condition involves the unknown function(s) {unused}.")
+    return traces
+
+
+def _kernels(prior) -> dict[str, AbstractKernel]:
+    return {name: p.kernel for name, p in priors_of(prior).items()}
+
+
+def mean_functions(prior) -> dict[str, Callable]:
+    return {name: mean_function(p) for name, p in priors_of(prior).items()}
+
+
+def priors_of(prior) -> dict[str, GaussianProcess]:
+    single = isinstance(prior, GaussianProcess)
+    return {"u": prior} if single else dict(prior)
+
+
+def _check_smoothness(kernels, trace: Trace, name: str) -> None:
+    for unknown, index in trace.jets:
+        kernel = kernels[unknown]
+        if sum(index) > smoothness(kernel):
+            raise ValueError(
+                f"The operator of condition {name!r} needs derivatives of order "
+                f"{sum(index)}, but functions with kernel {type(kernel).__name__} have "
+                f"only {smoothness(kernel)}. Use a smoother kernel."
+            )
+
+
+def build(prior, conditions: Sequence[Condition]) -> Problem:
+    # Of an unwrapped prior and unwrapped conditions.
+    unknowns, traces = names_of(prior), trace_conditions(prior, conditions)
+    kernels = _kernels(prior)
+    means = mean_functions(prior)
+    rows = []
+    for i, (condition, trace) in enumerate(zip(conditions, traces)):
+        name = condition_name(condition, i)
+        mean = jets_of(means, trace.jets, condition.points)
+        target = target_array(condition.target, trace, condition.points, name)
+        scale = _scale(kernels, condition, unknowns, trace, mean)
+        variance = _variance(condition, scale)
+        rows.append(
+            Rows(
+                condition.operator,
+                condition.points,
+                target,
+                mean,
+                variance,
+                scale,
+                trace,
+                unknowns,
+                name,
+            )
+        )
+    # Conditions with the same derivatives stand together, and share blocks.
+    rows.sort(key=lambda r: (r.trace.jets, r.trace.size, r.trace.nonlinear))
+    return Problem(kernels, tuple(rows))
+
+
+def jets_of(
+    functions, jets: Sequence[tuple[str, Index]], points
+) -> Float[Array, "n p"]:
+    at = lambda x: jnp.stack([derivative(functions[name], i)(x) for name, i in jets])
+    return jax.vmap(at)(points)
+
+
+def target_array(target, trace: Trace, points, name: str) -> Float[Array, "n q"]:
+    n, dtype = len(points), points.dtype
+    if callable(target):
+        leaves = jax.tree.leaves(jax.vmap(target)(points))
+    else:
+        leaves = jax.tree.leaves(target)
+    shapes = [(n, *shape) for shape in trace.shapes]
+    leaves = [jnp.asarray(leaf, dtype) for leaf in leaves]
+    if len(leaves) == 1 and leaves[0].ndim == 0:
+        leaves = leaves * len(shapes)
+    ok = len(leaves) == len(shapes) and all(
+        leaf.ndim == 0 or leaf.shape == shape for leaf, shape in zip(leaves, shapes)
+    )
+    if not ok:
+        got = [leaf.shape for leaf in leaves]
+        raise ValueError(
+            f"The target of condition {name!r} must be a number, a function of a "
+            f"point, or have the shape(s) {shapes} (number of points, then the shape of the "
+            f"operator's value), got {got}."
+        )
+    full = [jnp.broadcast_to(leaf, s).reshape(n, -1) for leaf, s in zip(leaves, shapes)]
+    return jnp.concatenate(full, axis=1)
+
+
+def _scale(kernels, condition: Condition, unknowns, trace, mean) -> Float[Array, ""]:
+    # The mean prior variance of the condition, linearised at its reference.
+    if condition.reference is not None:
+        reference = condition.reference
+        functions = {unknowns.names[0]: reference} if callable(reference) else reference
+        mean = jets_of(functions, trace.jets, condition.points)
+    z = mean[:, jnp.array(trace.nonlinear, int)]
+    at = lambda z, x: linearise_operator(condition.operator, unknowns, trace, z, x)[0]
+    block = Block(condition.points, jax.vmap(at)(z, condition.points), trace.jets)
+    return jnp.mean(variances(kernels, [block]))
+
+
+def _variance(condition: Condition, scale) -> Float[Array, ""]:
+    weight = 1.0 if condition.weight is None else value_of(condition.weight)
+    if condition.noise is not None:
+        return value_of(condition.noise) ** 2 / weight
+    nugget = 0.0 if condition.nugget is None else value_of(condition.nugget)
+    return nugget * scale / weight
+
+
+#
+# Using it
+#
+
+
+class Linearised(NamedTuple):
+    # All conditions, linearised at `z`: `functionals v = rhs`, up to noise.
+    functionals: tuple[Block, ...]
+    rhs: Float[Array, " M"]
+    slopes: tuple[Float[Array, "n q k"], ...]  # with respect to z
+    z: Float[Array, " N"]
+
+
+def split(problem: Problem, z: Float[Array, " N"]) -> list[Float[Array, "n k"]]:
+    out, start = [], 0
+    for r in problem.rows:
+        shape = r.nonlinear.shape
+        stop = start + shape[0] * shape[1]
+        out.append(z[start:stop].reshape(shape))
+        start = stop
+    return out
+
+
+def prior_z(problem: Problem) -> Float[Array, " N"]:
+    return jnp.concatenate([r.nonlinear.reshape(-1) for r in problem.rows])
+
+
+def linearise(problem: Problem, z: Float[Array, " N"]) -> Linearised:
+    blocks, rhs, slopes = [], [], []
+    for r, z_r in zip(problem.rows, split(problem, z)):
+        at = lambda z, x, r=r: linearise_operator(r.operator, r.unknowns, r.trace, z, x)
+        jacobian, offset = jax.vmap(at)(z_r, r.points)
+        blocks.append(Block(r.points, jacobian, r.trace.jets))
+        applied = jnp.einsum("nqp,np->nq", jacobian, r.mean)
+        rhs.append((offset + r.target - applied).reshape(-1))
+        slopes.append(jacobian[:, :, jnp.array(r.trace.nonlinear, int)])
+    return Linearised(_merge(blocks), jnp.concatenate(rhs), tuple(slopes), z)
+
+
+def _merge(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    # Neighbours with the same derivatives become one block: fewer loops to compile.
+    out: list[Block] = []
+    for block in blocks:
+        last = out[-1] if out else None
+        same = last is not None and (last.jets, last.coefficients.shape[1]) == (
+            block.jets,
+            block.coefficients.shape[1],
+        )
+        if last is not None and same:
+            points = jnp.concatenate([last.points, block.points])
+            coefficients = jnp.concatenate([last.coefficients, block.coefficients])
+            out[-1] = Block(points, coefficients, block.jets)
+        else:
+            out.append(block)
+    return tuple(out)
+
+
+def z_functionals(problem: Problem) -> tuple[Block, ...]:
+    # Those that read z off a function.
+    blocks = []
+    for r in problem.rows:
+        k = len(r.trace.nonlinear)
+        if k > 0:
+            eye = jnp.broadcast_to(
+                jnp.eye(k, dtype=problem.dtype), (len(r.points), k, k)
+            )
+            jets = tuple(r.trace.jets[i] for i in r.trace.nonlinear)
+            blocks.append(Block(r.points, eye, jets))
+    return _merge(blocks)
+
+
+def noise_variances(problem: Problem, jitter: Float[Array, ""]) -> Float[Array, " M"]:
+    # The diagonal of Gamma.
+    each = [
+        jnp.broadcast_to(r.variance + jitter * r.scale, r.target.shape).reshape(-1)
+        for r in problem.rows
+    ]
+    return jnp.concatenate(each)
+
+
+def slope_product(problem: Problem, slopes, dz: Float[Array, " N"]):
+    # The derivative of the conditions with respect to z, times `dz`.
+    parts = [
+        jnp.einsum("nqk,nk->nq", slope, dz_r).reshape(-1)
+        for slope, dz_r in zip(slopes, split(problem, dz))
+    ]
+    return jnp.concatenate(parts)
+
+
+def residuals(
+    problem: Problem, z: Float[Array, " N"], linear: Float[Array, " M"]
+) -> Float[Array, " M"]:
+    # Operator minus target for the function with nonlinear entries `z`. What the others
+    # contribute is linear in them and does not depend on z: it is given for `v`.
+    out = []
+    for r, block_z in zip(problem.rows, split(problem, z)):
+        at = lambda z, x, r=r: nonlinear_part(r.operator, r.unknowns, r.trace, z, x)
+        out.append(jax.vmap(at)(block_z, r.points) - r.target)
+    mean = _linear_mean(problem)
+    return jnp.concatenate([r.reshape(-1) for r in out]) + mean + linear
+
+
+def _linear_mean(problem: Problem) -> Float[Array, " M"]:
+    # The contribution of the prior mean's linear entries.
+    out = []
+    for r in problem.rows:
+        at = lambda z, x, r=r: linearise_operator(r.operator, r.unknowns, r.trace, z, x)
+        jacobian = jax.vmap(at)(r.nonlinear, r.points)[0]
+        linear = [i for i in range(len(r.trace.jets)) if i not in r.trace.nonlinear]
+        keep = jnp.array(linear, int)
+        part = jnp.einsum("nqp,np->nq", jacobian[:, :, keep], r.mean[:, keep])
+        out.append(part.reshape(-1))
+    return jnp.concatenate(out)
+
+
+def curvature_product(
+    problem: Problem,
+    z: Float[Array, " N"],
+    weights: Float[Array, " M"],
+    dz: Float[Array, " N"],
+) -> Float[Array, " N"]:
+    # blockdiag(w . R'') dz: second derivatives of the operators, weighted.
+    out, start = [], 0
+    for r, z_r, dz_r in zip(problem.rows, split(problem, z), split(problem, dz)):
+        w = weights[start : start + r.target.size].reshape(r.target.shape)
+        start += r.target.size
+
+        def at(z, w, dz, x, r=r):
+            fn = lambda z: w @ nonlinear_part(r.operator, r.unknowns, r.trace, z, x)
+            return jax.jvp(jax.grad(fn), (z,), (dz,))[1]
+
+        out.append(jax.vmap(at)(z_r, w, dz_r, r.points).reshape(-1))
+    return jnp.concatenate(out)

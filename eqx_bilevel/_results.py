@@ -1,0 +1,25 @@
+import optimistix as optx
+
+
+# Extends `optimistix.RESULTS`, whose messages apply here too.
+class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
+    """What came of a solve. `RESULTS[result]` is the message."""
+
+    successful = ""
+    nonfinite_data = (
+        "A hyperparameter, a point or a target is not finite (it is inf or nan)."
+    )
+    singular_gram = (
+        "The Gram matrix could not be factorised, even with the largest jitter that "
+        "is tried. Lengthscales may be far too long for the distance of the points, "
+        "or the operators may return inf or nan where the solve starts."
+    )
+    no_scale = (
+        "The prior variance of a condition's linearised operator is zero, so that "
+        "there is nothing to which a nugget could be relative. Give the condition a "
+        "`reference` at which its linearisation does not vanish, or a `noise`."
+    )
+    duplicate_points = (
+        "A condition without noise has the same point twice. Remove the copies, or "
+        "give the condition a `noise`."
+    )

@@ -1,0 +1,73 @@
+"""The search for a common factor of all lengthscales, before any local method."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ._condition import Condition, GaussianProcess
+from ._gram import Block, variances
+from ._kernels import AbstractKernel, rescale
+from ._parameters import unwrap
+from ._problem import priors_of
+
+
+def correlation_length(kernel: AbstractKernel, points: Array) -> Float[Array, ""]:
+    # From how fast the process varies: the square root of d E[f^2] / E[|grad f|^2], on
+    # average over the points. It is the lengthscale of a Gaussian kernel.
+    n, dim = points.shape
+
+    def mean_square(index):
+        coefficients = jnp.ones((n, 1, 1), points.dtype)
+        return jnp.mean(variances({"f": kernel}, [Block(points, coefficients, index)]))
+
+    value = mean_square((("f", (0,) * dim),))
+    unit = lambda i: tuple(int(i == j) for j in range(dim))
+    slopes = [mean_square((("f", unit(i)),)) for i in range(dim)]
+    return jnp.sqrt(dim * value / sum(slopes[1:], slopes[0]))
+
+
+def rescaled(prior: Any, factor: Float[Array, ""]) -> Any:
+    # The prior with all lengthscales multiplied by the same factor.
+    scale = lambda p: eqx.tree_at(lambda p: p.kernel, p, rescale(p.kernel, factor))
+    is_prior = lambda x: isinstance(x, GaussianProcess)
+    return jax.tree.map(scale, prior, is_leaf=is_prior)
+
+
+def scales(conditions: Sequence[Condition], num: int) -> np.ndarray:
+    # Lengths between the distance of the points and the size of the domain.
+    points = np.concatenate([np.asarray(c.points) for c in conditions])
+    edges = np.maximum(np.ptp(points, axis=0), 1e-30)
+    spacing = (np.prod(edges) / len(points)) ** (1 / points.shape[1])
+    return np.geomspace(spacing, edges.max(), num)
+
+
+@eqx.filter_jit
+def _typical_length(prior, points):
+    kernels = [p.kernel for p in priors_of(unwrap(prior)).values()]
+    lengths = jnp.stack([correlation_length(k, points) for k in kernels])
+    return jnp.exp(jnp.mean(jnp.log(lengths)))
+
+
+def search_scale(
+    prior: Any,
+    conditions: Sequence[Condition],
+    value: Callable[[Any], float],
+    num: int,
+) -> tuple[Any, list[tuple[float, float]]]:
+    # Returns the rescaled prior with the smallest value, and all (length, value) tried.
+    points = jnp.concatenate([c.points for c in conditions])
+    typical = _typical_length(prior, points)
+    best, least, tried = prior, np.inf, []
+    for length in scales(conditions, num):
+        factor = jnp.asarray(length, points.dtype) / typical
+        candidate = rescaled(prior, jnp.where(jnp.isfinite(factor), factor, 1.0))
+        objective = value(candidate)
+        tried.append((float(length), objective))
+        if objective < least:
+            best, least = candidate, objective
+    return best, tried

@@ -1,0 +1,317 @@
+"""What a solve returns."""
+
+import functools as ft
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from ._closure import function_as_pytree
+from ._condition import Condition, GaussianProcess
+from ._gauss_newton import posterior_product
+from ._gram import Block, covariance, covariance_product, dense, GramOperator, variances
+from ._jets import (
+    evaluate,
+    Index,
+    linearise as linearise_operator,
+    residual,
+    Trace,
+    trace,
+)
+from ._parameters import unwrap
+from ._problem import (
+    curvature_product,
+    jets_of,
+    linearise,
+    mean_functions,
+    names_of,
+    noise_variances,
+    Problem,
+)
+from ._results import RESULTS
+from ._spectrum import extreme_eigenvalues, power_iteration
+
+
+class Solution(eqx.Module):
+    """The most probable functions, given a prior and conditions.
+
+    It can be called like the function that it is, with one point of shape `(d,)` or
+    with many of shape `(n, d)`. If there are several unknowns then it returns a
+    dictionary.
+
+    **Attributes:**
+
+    - `prior`: The prior, with its hyperparameters.
+    - `conditions`: The conditions, likewise.
+    - `weights`: The representer weights $w$, of shape `(M,)`: the solution is
+        $m + k \\phi^\\top w$, with one functional in $\\phi$ for each scalar condition.
+    - `result`: An [`eqx_bilevel.RESULTS`][], that says whether the solve succeeded.
+    - `stats`: A dictionary: `num_steps` and `max_steps` (linearised solves); `change`
+        (of `z` in one more full step, relatively); `rounding` (the change in `z` when
+        the last linear solve is repeated); `jitter` (the relative nugget that was
+        added, also the automatic one); `objective` (of the inner problem); `rkhs_norm`
+        ($\\lVert u - m \\rVert_k$); and `residual_norm` (root mean square of all
+        conditions' residuals).
+    """
+
+    prior: GaussianProcess | dict[str, GaussianProcess]
+    conditions: list[Condition]
+    weights: Float[Array, " M"]
+    result: RESULTS
+    stats: dict[str, PyTree]
+    _problem: Problem
+    _functionals: tuple[Block, ...]
+    _z: Float[Array, " N"]
+    _next_z: Float[Array, " N"]
+    _factor: PyTree
+    _linear_solver: lx.AbstractLinearSolver
+
+    def __call__(self, x: Float[Array, "*n d"]) -> PyTree[Float[Array, "*n"]]:
+        """Evaluates the solution at one or many points."""
+        return self.d()(x)
+
+    def d(self, *axes: int) -> Callable:
+        """A partial derivative of the solution, as a function of one or many points:
+        `solution.d(0)(x)`, `solution.d(1, 1)(x)`.
+        """
+        return lambda x: self.apply(lambda u, x: _each(u, lambda jet: jet.d(*axes)), x)
+
+    def apply(self, operator: Callable, x: Float[Array, "*n d"]) -> PyTree[Array]:
+        """Applies an operator to the solution.
+
+        **Arguments:**
+
+        - `operator`: A callable `(u, x)`, as in an [`eqx_bilevel.Condition`][].
+        - `x`: One point of shape `(d,)` or many of shape `(n, d)`.
+
+        **Returns:**
+
+        What the operator returns, at each point.
+        """
+        x, single = _points(x, self._problem)
+        out = _apply(self, function_as_pytree(operator), x)
+        return jax.tree.map(lambda leaf: leaf[0], out) if single else out
+
+    def std(
+        self, x: Float[Array, "*n d"], operator: Callable | None = None
+    ) -> PyTree[Float[Array, "*n"]]:
+        """Posterior standard deviations at one or many points, of the conditions
+        linearised at the solution and for these hyperparameters.
+
+        **Arguments:**
+
+        - `x`: One point of shape `(d,)` or many of shape `(n, d)`.
+        - `operator`: Of which operator `(u, x) -> scalar`, linearised at the solution.
+            Default: the values of the unknowns.
+        """
+        x, single = _points(x, self._problem)
+        operators = self._operators(operator)
+        out = {k: _std(self, op, x) for k, op in operators.items()}
+        out = {k: v[0] if single else v for k, v in out.items()}
+        return self._one_or_all(operator, out)
+
+    def sample(
+        self,
+        x: Float[Array, "n d"],
+        *,
+        key: PRNGKeyArray,
+        num_samples: int = 1,
+        operator: Callable | None = None,
+    ) -> PyTree[Float[Array, "num_samples n"]]:
+        """Draws from the posterior of the conditions linearised at the solution,
+        jointly at all points.
+
+        **Arguments:**
+
+        - `x`: Points of shape `(n, d)`.
+        - `key`: A JAX random key.
+        - `num_samples`: How many functions to draw.
+        - `operator`: As for `std`.
+
+        **Returns:**
+
+        An array of shape `(num_samples, n)`. With several unknowns and no `operator`, a
+        dictionary of such arrays, drawn jointly.
+        """
+        x, _ = _points(x, self._problem)
+        out = _sample(self, self._operators(operator), x, key, num_samples)
+        return self._one_or_all(operator, out)
+
+    def residuals(self) -> dict[str, Float[Array, "n q"]]:
+        """Operator minus target of each condition, by its name, at its points. They are
+        not zero but noise times weights; at other points use `apply`.
+        """
+        out = {}
+        for r in self._problem.rows:
+            values = self._jets(r.trace.jets, r.points)
+            at = lambda v, x, r=r: residual(
+                r.operator, r.unknowns, r.trace.jets, list(v), x
+            )
+            out[r.name] = jax.vmap(at)(values, r.points) - r.target
+        return out
+
+    def spectrum(self, num_products: int = 20) -> tuple[Array, Array]:
+        """The smallest and largest eigenvalue of $\\partial T / \\partial z$ at the
+        solution, by Lanczos' method. They measure how good the linearisation is, see
+        [the method](../method.md#two-gradients). Zero for linear conditions.
+
+        **Arguments:**
+
+        - `num_products`: The size of the Krylov space.
+        """
+        return _spectrum(self, num_products)
+
+    def spectral_radius(self, num_products: int = 20) -> Float[Array, ""]:
+        """The largest absolute value in the spectrum: by how much frozen and implicit
+        gradients differ, relatively.
+        """
+        smallest, largest = self.spectrum(num_products)
+        return jnp.maximum(jnp.abs(smallest), jnp.abs(largest))
+
+    def condition_number(self, num_products: int = 20) -> Float[Array, ""]:
+        """An estimate, from below, of the condition number of the Gram matrix, scaled
+        to have a unit diagonal. By power iterations.
+        """
+        return _condition_number(self, num_products)
+
+    #
+    # Private
+    #
+
+    @property
+    def _unknowns(self):
+        return names_of(self.prior)
+
+    def _trace(self, operator, x) -> Trace:
+        return trace(operator, self._unknowns, x.shape[1], x.dtype, "apply")
+
+    def _jets(self, jets: Sequence[tuple[str, Index]], x) -> Float[Array, "n p"]:
+        n, p = len(x), len(jets)
+        eye = jnp.broadcast_to(jnp.eye(p, dtype=x.dtype), (n, p, p))
+        kernels, block = self._problem.kernels, Block(x, eye, tuple(jets))
+        change = covariance_product(
+            kernels, (block,), self._functionals, self.weights
+        ).reshape(n, p)
+        return jets_of(mean_functions(unwrap(self.prior)), jets, x) + change
+
+    def _linearised_block(self, operator, x) -> Block:
+        operator = unwrap(operator)
+        found = self._trace(operator, x)
+        if found.size != 1:
+            raise ValueError(
+                "`operator` must return one number here, but it returned arrays of "
+                f"shapes {found.shapes}."
+            )
+        z = self._jets(found.jets, x)[:, jnp.array(found.nonlinear, int)]
+        at = lambda z, x: linearise_operator(operator, self._unknowns, found, z, x)[0]
+        return Block(x, jax.vmap(at)(z, x), found.jets)
+
+    def _solve(self, vector: Float[Array, " M"]) -> Float[Array, " M"]:
+        gamma = noise_variances(self._problem, self.stats["jitter"])
+        operator = GramOperator(self._problem.kernels, self._functionals, gamma)
+        return lx.linear_solve(
+            operator, vector, self._linear_solver, state=self._factor, throw=False
+        ).value
+
+    def _operators(self, operator: Callable | None) -> dict[str, Callable]:
+        names, single = self._unknowns
+        if operator is not None:
+            return {"": function_as_pytree(operator)}
+        elif single:
+            return {"": _value}
+        else:
+            return {name: ft.partial(_value_of, name) for name in names}
+
+    def _one_or_all(self, operator: Callable | None, out: dict[str, Array]) -> PyTree:
+        return out[""] if operator is not None or self._unknowns.single else out
+
+
+def _value(u, x):
+    return u.value
+
+
+def _value_of(name, u, x):
+    return u[name].value
+
+
+def _each(u: Any, fn: Callable) -> PyTree:
+    return {name: fn(jet) for name, jet in u.items()} if isinstance(u, dict) else fn(u)
+
+
+def _points(x, problem: Problem):
+    x = jnp.asarray(x)
+    dim = problem.rows[0].points.shape[1]
+    if x.ndim not in (1, 2) or x.shape[-1] != dim:
+        raise ValueError(
+            f"`x` must be one point of shape ({dim},) or many of shape (n, {dim}), got "
+            f"{x.shape}."
+        )
+    return jnp.atleast_2d(x).astype(problem.dtype), x.ndim == 1
+
+
+@eqx.filter_jit
+def _apply(solution: Solution, operator, x):
+    operator = unwrap(operator)
+    found = solution._trace(operator, x)
+    values = solution._jets(found.jets, x)
+    at = lambda v, x: evaluate(operator, solution._unknowns, found.jets, v, x)
+    return jax.vmap(at)(values, x)
+
+
+@eqx.filter_jit
+def _std(solution: Solution, operator, x):
+    kernels = solution._problem.kernels
+    block = solution._linearised_block(operator, x)
+    rows = covariance(kernels, (block,), solution._functionals)
+    solved = jax.vmap(solution._solve)(rows)
+    variance = variances(kernels, (block,)) - jnp.sum(rows * solved, axis=1)
+    # Rounding may make what is practically zero negative, and the square root of zero
+    # has no derivative.
+    positive = variance > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
+
+
+@eqx.filter_jit
+def _sample(solution: Solution, operators, x, key, num_samples):
+    kernels = solution._problem.kernels
+    blocks = tuple(solution._linearised_block(op, x) for op in operators.values())
+    rows = covariance(kernels, blocks, solution._functionals)
+    solved = jax.vmap(solution._solve)(rows)
+    posterior = covariance(kernels, blocks, blocks) - rows @ solved.T
+    mean = jnp.concatenate([_apply(solution, op, x) for op in operators.values()])
+    symmetric = 0.5 * (posterior + posterior.T)
+    draws = jax.random.multivariate_normal(
+        key, mean, symmetric, (num_samples,), method="svd"
+    )
+    return dict(zip(operators, jnp.split(draws, len(operators), axis=1)))
+
+
+@eqx.filter_jit
+def _spectrum(solution: Solution, num_products: int):
+    problem, z = solution._problem, solution._z
+    if problem.z_size == 0:
+        zero = jnp.zeros((), problem.dtype)
+        return zero, zero
+    linearised = linearise(problem, z)
+    posterior = posterior_product(
+        problem, linearised, solution._linear_solver, solution._factor
+    )
+    curvature = lambda dz: curvature_product(problem, z, solution.weights, dz)
+    return extreme_eigenvalues(posterior, curvature, z, num_products)
+
+
+@eqx.filter_jit
+def _condition_number(solution: Solution, num_products: int):
+    gamma = noise_variances(solution._problem, solution.stats["jitter"])
+    kernels = solution._problem.kernels
+    matrix = dense(GramOperator(kernels, solution._functionals, gamma))
+    scale = jnp.sqrt(jnp.diagonal(matrix.as_matrix()))
+    forwards = lambda v: matrix.mv(v / scale) / scale
+    backwards = lambda v: solution._solve(v * scale) * scale
+    start = jnp.cos(jnp.arange(scale.shape[0], dtype=scale.dtype))
+    largest = power_iteration(forwards, start, num_products)
+    return largest * power_iteration(backwards, start, num_products)

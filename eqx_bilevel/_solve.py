@@ -1,0 +1,319 @@
+"""The inner problem's entry point."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optimistix as optx
+from jaxtyping import Array, Bool, Float, PyTree
+
+from ._adjoint import FixedPointAdjoint, FrozenAdjoint, without_gradient
+from ._closure import function_as_pytree
+from ._condition import Condition, GaussianProcess, is_concrete
+from ._gauss_newton import GaussNewton, representer_weights, smallest_nugget
+from ._parameters import unwrap
+from ._problem import (
+    build,
+    condition_name,
+    jets_of,
+    linearise,
+    noise_variances,
+    prior_z,
+    Problem,
+    trace_conditions,
+)
+from ._results import RESULTS
+from ._solution import Solution
+
+
+def _fixed_point_residual(z, problem):
+    # What the solve is about, as Optimistix sees it. `GaussNewton` gets all it needs
+    # from the problem, so that this is only ever called for its output's shape.
+    del problem
+    return z
+
+
+def functions_as_pytrees(tree: PyTree) -> PyTree:
+    return jax.tree.map(function_as_pytree, tree)
+
+
+def solve(
+    prior: GaussianProcess | Mapping[str, GaussianProcess],
+    conditions: Sequence[Condition],
+    solver: GaussNewton = GaussNewton(),
+    *,
+    adjoint: optx.AbstractAdjoint = FixedPointAdjoint(),
+    initial: Callable | Mapping[str, Callable] | Solution | None = None,
+    max_steps: int = 100,
+    throw: bool = True,
+) -> Solution:
+    """Solves the inner problem: finds the most probable functions under a prior that
+    satisfy conditions. See [the method](../method.md).
+
+    It is differentiable, in forward and reverse mode, with respect to every array in
+    `prior` and `conditions`; and it can be used under `jax.jit`, `jax.vmap` and so on.
+
+    **Arguments:**
+
+    - `prior`: A [`eqx_bilevel.GaussianProcess`][]; or for several unknown functions a
+        dictionary of them.
+    - `conditions`: A list of [`eqx_bilevel.Condition`][]s.
+    - `solver`: An [`eqx_bilevel.GaussNewton`][].
+
+    The remaining arguments are keyword-only.
+
+    - `adjoint`: How to differentiate through the solve:
+        [`eqx_bilevel.FixedPointAdjoint`][] (exact) or [`eqx_bilevel.FrozenAdjoint`][].
+    - `initial`: Where to start: a function of one point that stands for the unknown, a
+        dictionary of them, or a previous [`eqx_bilevel.Solution`][], also one of other
+        conditions. Default: the prior's mean. Derivatives with respect to it are zero.
+    - `max_steps`: The largest number of Gauss-Newton steps, that is of factorisations.
+    - `throw`: If the solve fails, whether to raise an error, or to return a solution
+        whose `result` says what happened.
+
+    **Returns:**
+
+    An [`eqx_bilevel.Solution`][].
+
+    **Raises:**
+
+    A `ValueError` if the arguments do not make a well-posed problem: wrong shapes, no
+    conditions, an operator that is not a function of the unknown, a kernel that is too
+    rough for an operator, an unknown that is in no condition; and, where values are
+    known, if points or targets are not finite or if a condition without noise has the
+    same point twice. A runtime error if the solve fails numerically and `throw` is
+    true.
+    """
+    if not isinstance(solver, GaussNewton):
+        raise ValueError(
+            "`solver` must be an `eqx_bilevel.GaussNewton`, got a "
+            f"{type(solver).__name__}. For other Optimistix solvers see "
+            "`eqx_bilevel.solve_whitened`."
+        )
+    prior, conditions = checked(prior, conditions)
+    initial = functions_as_pytrees(initial)
+    return _solve(prior, conditions, solver, adjoint, initial, max_steps, throw)
+
+
+@eqx.filter_jit
+def _solve(prior, conditions, solver, adjoint, initial, max_steps, throw):
+    problem, fault = sanitised(*unwrap((prior, conditions)))
+    z = prior_z(problem) if initial is None else _initial_z(problem, initial)
+    start = without_gradient(z)
+    known = jnp.array(initial is None)
+    sol = solve_problem(
+        prior,
+        conditions,
+        problem,
+        fault,
+        solver,
+        adjoint,
+        start,
+        known,
+        max_steps=max_steps,
+    )
+    if throw:
+        sol = sol.result.error_if(sol, sol.result != RESULTS.successful)
+    return sol
+
+
+def checked(prior, conditions):
+    # Everything that can be said before compiling. Returns the arguments with plain
+    # functions taken apart.
+    prior = dict(prior) if isinstance(prior, Mapping) else prior
+    trace_conditions(*unwrap((prior, conditions)))
+    dtype = conditions[0].points.dtype
+    if dtype != jnp.dtype("float64"):
+        warnings.warn(
+            f"The points are {dtype}. Gram matrices of differential operators are "
+            "ill-conditioned: in single precision solutions have few correct digits. "
+            'Call `jax.config.update("jax_enable_x64", True)` at the top of your '
+            "program.",
+            stacklevel=3,
+        )
+    for i, condition in enumerate(conditions):
+        _check_values(condition, condition_name(condition, i))
+    return functions_as_pytrees((prior, list(conditions)))
+
+
+def _check_values(condition: Condition, name: str) -> None:
+    arrays = [("points", condition.points)]
+    if not callable(condition.target):
+        arrays += [("target", leaf) for leaf in jax.tree.leaves(condition.target)]
+    for what, array in arrays:
+        if is_concrete(array) and not np.all(np.isfinite(np.asarray(array))):
+            raise ValueError(
+                f"The {what} of condition {name!r} must be finite, but some are nan or "
+                "infinite."
+            )
+    points = condition.points
+    if condition.noise is None and is_concrete(points):
+        distinct = np.unique(np.asarray(points), axis=0)
+        if len(distinct) < len(points):
+            raise ValueError(
+                f"The points of condition {name!r} have {len(points) - len(distinct)} "
+                "duplicate(s). Remove them, or give the condition a `noise`."
+            )
+
+
+def sanitised(prior, conditions) -> tuple[Problem, RESULTS]:
+    # What `_check_values` finds must be found again here, for values that were traced.
+    # A problem that is not finite is replaced by one that is, since linear solves raise
+    # when they are differentiated at nan, even if the outcome is not used.
+    tree = (prior, conditions)
+    finite = [jnp.all(jnp.isfinite(x)) for x in _floats(tree)]
+    repeated = [_has_duplicates(c.points) for c in conditions if c.noise is None]
+    cure = lambda x: jnp.where(jnp.isfinite(x), x, jnp.ones_like(x))
+    tree = jax.tree.map(lambda x: cure(x) if eqx.is_inexact_array(x) else x, tree)
+    problem = build(*tree)
+    finite += [jnp.all(jnp.isfinite(r.target)) for r in problem.rows]
+    targets = [cure(r.target) for r in problem.rows]
+    problem = eqx.tree_at(lambda p: [r.target for r in p.rows], problem, targets)
+    no_scale = [noise_variances(problem, jnp.ones((), problem.dtype)).min() <= 0]
+    result = RESULTS.successful
+    for faults, kind in (
+        (no_scale, RESULTS.no_scale),
+        (repeated, RESULTS.duplicate_points),
+        ([~jnp.stack(finite).all()], RESULTS.nonfinite_data),
+    ):
+        if faults:
+            result = RESULTS.where(jnp.stack(faults).any(), kind, result)
+    return problem, result
+
+
+def _floats(tree) -> list[Array]:
+    return jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+
+
+def _has_duplicates(points: Float[Array, "n d"]) -> Bool[Array, ""]:
+    order = jnp.lexsort(points.T)
+    ordered = points[order]
+    return jnp.any(jnp.all(ordered[1:] == ordered[:-1], axis=1))
+
+
+def _initial_z(problem: Problem, initial: Any) -> Float[Array, " N"]:
+    parts = []
+    for r in problem.rows:
+        jets = [r.trace.jets[i] for i in r.trace.nonlinear]
+        if len(jets) == 0:
+            continue
+        if isinstance(initial, Solution):
+            values = initial._jets(jets, r.points)
+        else:
+            functions = {r.unknowns.names[0]: initial} if callable(initial) else initial
+            values = jets_of(functions, jets, r.points)
+        parts.append(values.reshape(-1))
+    return jnp.concatenate(parts) if parts else prior_z(problem)
+
+
+def solve_problem(
+    prior: Any,
+    conditions: list[Condition],
+    problem: Problem,
+    fault: RESULTS,
+    solver: GaussNewton,
+    adjoint: optx.AbstractAdjoint,
+    start: Float[Array, " N"],
+    known: Bool[Array, ""],
+    jitter: Float[Array, ""] | None = None,
+    *,
+    max_steps: int,
+) -> Solution:
+    # `known`: whether the start is the prior's mean. Never raises.
+    if problem.z_size == 0:
+        adjoint = FrozenAdjoint()  # Exact: there is nothing to linearise.
+    if jitter is None:
+        jitter = initial_jitter(problem)
+    sol = optx.least_squares(
+        _fixed_point_residual,
+        solver,
+        start,
+        problem,
+        options=dict(start=known, jitter=jitter),
+        adjoint=adjoint,
+        max_steps=max_steps,
+        throw=False,
+    )
+    state = without_gradient(sol.stats["state"])
+    result = RESULTS.promote(sol.result)
+    result = RESULTS.where(result == RESULTS.singular, RESULTS.singular_gram, result)
+    result = RESULTS.where(fault != RESULTS.successful, fault, result)
+    stats = {
+        "num_steps": sol.stats["num_steps"],
+        "max_steps": max_steps,
+        "change": state.change,
+        "rounding": state.rounding,
+    }
+    return solution_at(
+        prior,
+        conditions,
+        problem,
+        sol.value,
+        state.proposal.z,
+        state.factor,
+        state.jitter,
+        solver.linear_solver,
+        result,
+        stats,
+    )
+
+
+def solution_at(
+    prior: Any,
+    conditions: list[Condition],
+    problem: Problem,
+    z: Float[Array, " N"],
+    next_z: Float[Array, " N"],
+    factor: PyTree,
+    jitter: Float[Array, ""],
+    linear_solver: lx.AbstractLinearSolver,
+    result: RESULTS,
+    stats: dict[str, Any],
+) -> Solution:
+    # The solution of the problem linearised at z, differentiable in the problem and in
+    # z.
+    linearised = linearise(problem, z)
+    weights = representer_weights(problem, linearised, jitter, linear_solver, factor)
+    of_use = (result == RESULTS.successful) | (
+        result == RESULTS.nonlinear_max_steps_reached
+    )
+    weights = jnp.where(of_use, weights, jnp.nan)
+    stats = stats | _statistics(problem, linearised, weights, jitter)
+    return Solution(
+        prior=prior,
+        conditions=conditions,
+        weights=weights,
+        result=result,
+        stats=without_gradient(stats),
+        _problem=problem,
+        _functionals=linearised.functionals,
+        _z=z,
+        _next_z=next_z,
+        _factor=factor,
+        _linear_solver=linear_solver,
+    )
+
+
+def initial_jitter(problem: Problem) -> Float[Array, ""]:
+    # Zero if all conditions come with a noise or nugget, and otherwise the smallest
+    # nugget that has a chance: the automatic one.
+    smallest = smallest_nugget(problem)
+    automatic = jnp.stack([r.variance == 0 for r in problem.rows]).any()
+    return jnp.where(automatic, smallest, 0.0).astype(problem.dtype)
+
+
+def _statistics(problem, linearised, weights, jitter) -> dict[str, Array]:
+    # At the minimum, residuals are -Gamma w and |u - m|^2 = w^T (G - Gamma) w.
+    misfit = noise_variances(problem, jitter) * weights
+    square = weights @ (linearised.rhs - misfit)
+    return dict(
+        jitter=jitter,
+        objective=0.5 * weights @ linearised.rhs,
+        rkhs_norm=jnp.sqrt(jnp.maximum(square, 0)),
+        residual_norm=jnp.sqrt(jnp.mean(misfit**2)),
+    )

@@ -1,0 +1,168 @@
+"""The inner problem in other unknowns, for any Optimistix least-squares solver."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optimistix as optx
+from jaxtyping import Array, Float
+
+from ._adjoint import without_gradient
+from ._condition import Condition, GaussianProcess
+from ._gram import Block, covariance, dense, GramOperator
+from ._jets import residual
+from ._parameters import unwrap
+from ._problem import linearise, noise_variances, Problem
+from ._results import RESULTS
+from ._solution import Solution
+from ._solve import checked, initial_jitter, sanitised, solution_at
+
+
+def solve_whitened(
+    prior: GaussianProcess | Mapping[str, GaussianProcess],
+    conditions: Sequence[Condition],
+    solver: optx.AbstractLeastSquaresSolver = optx.LevenbergMarquardt(1e-10, 1e-10),
+    *,
+    adjoint: optx.AbstractAdjoint = optx.ImplicitAdjoint(),
+    max_steps: int = 256,
+    throw: bool = True,
+) -> Solution:
+    """Solves the same problem as [`eqx_bilevel.solve`][] by another route, with any
+    Optimistix least-squares solver and with Optimistix's own derivatives.
+
+    The unknowns are whitened coefficients: all derivatives of $u$ that the operators
+    use, at all points, are $m + L v$ with $L L^\\top$ their prior covariance, and the
+    sum of squares of $v$ and of the weighted residuals is minimised. There are several
+    times more unknowns than in [`eqx_bilevel.solve`][] and the problem is worse
+    conditioned, so it is for small problems: to try out other solvers, and to check.
+
+    **Arguments:**
+
+    - `prior`, `conditions`: As for [`eqx_bilevel.solve`][].
+    - `solver`: An Optimistix least-squares solver.
+
+    The remaining arguments are keyword-only.
+
+    - `adjoint`: An Optimistix adjoint.
+    - `max_steps`, `throw`: As for [`eqx_bilevel.solve`][].
+
+    **Returns:**
+
+    An [`eqx_bilevel.Solution`][].
+
+    **Raises:**
+
+    As [`eqx_bilevel.solve`][].
+    """
+    if not isinstance(solver, optx.AbstractLeastSquaresSolver):
+        raise ValueError(
+            "`solver` must be an Optimistix least-squares solver, got a "
+            f"{type(solver).__name__}."
+        )
+    prior, conditions = checked(prior, conditions)
+    return _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw)
+
+
+class _Args(eqx.Module):
+    problem: Problem
+    root: Float[Array, "P P"]
+    gamma: Float[Array, " M"]
+
+
+def _jets(v, args: _Args) -> list[Float[Array, "n p"]]:
+    out, start, change = [], 0, args.root @ v
+    for r in args.problem.rows:
+        stop = start + r.mean.size
+        out.append(r.mean + change[start:stop].reshape(r.mean.shape))
+        start = stop
+    return out
+
+
+def _whitened_residual(v, args: _Args):
+    misfits = []
+    for r, values in zip(args.problem.rows, _jets(v, args)):
+        at = lambda values, x, r=r: residual(
+            r.operator, r.unknowns, r.trace.jets, list(values), x
+        )
+        misfits.append((jax.vmap(at)(values, r.points) - r.target).reshape(-1))
+    return v, jnp.concatenate(misfits) / jnp.sqrt(args.gamma)
+
+
+def _root(covariance: Float[Array, "P P"]) -> Float[Array, "P P"]:
+    # L with L L^T = covariance, less what is below rounding. An eigendecomposition has
+    # no usable derivative where eigenvalues are close, so it is held fixed and only
+    # chooses a basis, in which the covariance is the identity up to its derivative.
+    values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(covariance))
+    kept = values > 10 * jnp.finfo(values.dtype).eps * values[-1]
+    basis = jnp.where(kept, vectors / jnp.sqrt(jnp.where(kept, values, 1.0)), 0.0)
+    inner = basis.T @ covariance @ basis + jnp.diag(jnp.where(kept, 0.0, 1.0))
+    triangular = jnp.linalg.cholesky(0.5 * (inner + inner.T))
+    mapped = (covariance @ basis).T
+    return jax.scipy.linalg.solve_triangular(triangular, mapped, lower=True).T
+
+
+@eqx.filter_jit
+def _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw):
+    problem, fault = sanitised(*unwrap((prior, conditions)))
+    jitter = initial_jitter(problem)
+    blocks = []
+    for r in problem.rows:
+        n, p = r.mean.shape
+        eye = jnp.broadcast_to(jnp.eye(p, dtype=problem.dtype), (n, p, p))
+        blocks.append(Block(r.points, eye, r.trace.jets))
+    root = _root(covariance(problem.kernels, blocks, blocks))
+    args = _Args(problem, root, noise_variances(problem, jitter))
+    start = jnp.zeros(root.shape[1], problem.dtype)
+    sol = optx.least_squares(
+        _whitened_residual,
+        solver,
+        start,
+        args,
+        adjoint=adjoint,
+        max_steps=max_steps,
+        throw=False,
+    )
+    jets = zip(problem.rows, _jets(sol.value, args))
+    z = jnp.concatenate(
+        [v[:, jnp.array(r.trace.nonlinear, int)].reshape(-1) for r, v in jets]
+    )
+    linear_solver = lx.Cholesky()
+    fixed = without_gradient((problem, z, jitter))
+    factor = _factor(fixed[0], fixed[1], fixed[2], linear_solver)
+    result = RESULTS.promote(sol.result)
+    result = RESULTS.where(fault != RESULTS.successful, fault, result)
+    nothing = jnp.full((), jnp.nan, problem.dtype)
+    stats = {
+        "num_steps": sol.stats["num_steps"],
+        "max_steps": max_steps,
+        "change": nothing,
+        "rounding": nothing,
+    }
+    solution = solution_at(
+        prior,
+        conditions,
+        problem,
+        z,
+        z,
+        factor,
+        jitter,
+        linear_solver,
+        result,
+        stats,
+    )
+    if throw:
+        solution = solution.result.error_if(
+            solution, solution.result != RESULTS.successful
+        )
+    return solution
+
+
+def _factor(problem: Problem, z, jitter, linear_solver) -> Any:
+    functionals = linearise(problem, z).functionals
+    gamma = noise_variances(problem, jitter)
+    return linear_solver.init(
+        dense(GramOperator(problem.kernels, functionals, gamma)), {}
+    )
