@@ -77,7 +77,7 @@ def _fixed_point(root, residual, inputs):
     )
     change = posterior(curvature_product(fixed, z, state.weights, root - z))
     # After a failure there is nothing to differentiate: the derivative is zero.
-    ok = result != optx.RESULTS.singular
+    ok = (result != optx.RESULTS.singular) & jnp.isfinite(state.change)
     return jnp.where(ok, root - new_z - change, root - z)
 
 

@@ -28,18 +28,22 @@ class _Function(eqx.Module):
     kwdefaults: dict | None
     code: types.CodeType = eqx.field(static=True)
     globals: _ByIdentity = eqx.field(static=True)
-    __name__: str = eqx.field(static=True)
+    name: str = eqx.field(static=True)
 
     def __call__(self, *args, **kwargs):
         function = types.FunctionType(
             self.code,
             self.globals.value,
-            self.__name__,
+            self.name,
             self.defaults,
             tuple(types.CellType(x) for x in self.closure),
         )
         function.__kwdefaults__ = self.kwdefaults
         return function(*args, **kwargs)
+
+
+# Of these a function may rely on the very object that it closes over.
+_MUTABLE = (list, dict, set, bytearray)
 
 
 def _as_jax(x):
@@ -71,6 +75,8 @@ def _convert(fn, inside: tuple):
     except ValueError:  # A variable that is not assigned yet.
         return fn
     if any(c is f for c in contents for f in inside):  # Recursive functions.
+        return fn
+    if any(isinstance(c, _MUTABLE) for c in contents):
         return fn
     convert = lambda x: _as_jax(_convert(x, inside))
     is_leaf = lambda x: isinstance(x, types.FunctionType)

@@ -6,7 +6,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from ._kernels import AbstractKernel
@@ -33,6 +32,13 @@ def as_points(points: Any) -> Float[Array, "n d"]:
             f"{points.shape}."
         )
     return points
+
+
+def as_target(target: PyTree) -> PyTree:
+    # Numbers become arrays: as Python objects they would each be compiled anew.
+    if callable(target):
+        return target
+    return jax.tree.map(lambda x: _inexact(x, "target"), target)
 
 
 def is_concrete(x: Any) -> bool:
@@ -151,8 +157,7 @@ class Condition(eqx.Module):
             )
         self.operator = operator
         self.points = points
-        as_array = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
-        self.target = jax.tree.map(as_array, target)
+        self.target = as_target(target)
         self.noise = _number(noise, "noise", zero=False)
         self.nugget = _number(nugget, "nugget", zero=True)
         self.weight = _number(weight, "weight", zero=False)

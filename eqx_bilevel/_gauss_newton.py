@@ -256,7 +256,7 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
         chosen = jax.tree.map(lambda a, b: jnp.where(new.usable, a, b), *arrays)
         state = eqx.combine(chosen, static[1])
         successful, singular = optx.RESULTS.successful, optx.RESULTS.singular
-        result = optx.RESULTS.where(jnp.invert(too_much), successful, singular)
+        result = optx.RESULTS.where(too_much, singular, successful)  # pyright: ignore
         state = eqx.tree_at(lambda s: s.result, state, result)
         self._report(state)
         return state.z, state, None

@@ -197,7 +197,7 @@ def trace(operator: Callable, unknowns: Unknowns, dim: int, dtype, name: str) ->
 
 def _nonlinear(operator, unknowns, jets, point) -> tuple[int, ...]:
     # An entry of a jet enters nonlinearly if the operator's derivative, with respect to
-    # whatever entry, depends on it.
+    # whatever entry, depends on it; or if it goes into something piecewise constant.
     def derivatives(x, *values):
         out = []
         for i, value in enumerate(values):
@@ -212,16 +212,21 @@ def _nonlinear(operator, unknowns, jets, point) -> tuple[int, ...]:
     scalar = jax.ShapeDtypeStruct((), point.dtype)
     jaxpr = jax.make_jaxpr(derivatives)(point, *[scalar] * len(jets)).jaxpr
     inputs = [frozenset(), *[frozenset([i]) for i in range(len(jets))]]
-    return tuple(sorted(frozenset().union(*_dependences(jaxpr, inputs))))
+    jumps: set[int] = set()
+    return tuple(sorted(jumps.union(*_dependences(jaxpr, inputs, jumps))))
 
 
 # Primitives that just call their `jaxpr` on their operands.
 _CALLS = ("jit", "pjit", "closed_call", "remat", "checkpoint")
+# Those whose derivative may be zero although they are not constant. So are all that
+# return integers or booleans.
+_JUMPS = ("sign", "floor", "ceil", "round", "stop_gradient", "cond", "scan", "while")
 
 
-def _dependences(jaxpr, inputs: Sequence[frozenset]) -> list[frozenset]:
+def _dependences(jaxpr, inputs: Sequence[frozenset], jumps: set) -> list[frozenset]:
     # On which inputs each output of a jaxpr may depend. Never too few: whatever is not
-    # understood is taken to depend on all of its operands.
+    # understood is taken to depend on all of its operands. `jumps` collects what is
+    # given to the primitives whose derivatives tell nothing.
     nothing = frozenset()
     found = dict(zip(jaxpr.invars, inputs))
     read = lambda v: nothing if isinstance(v, jex.Literal) else found.get(v, nothing)
@@ -230,9 +235,12 @@ def _dependences(jaxpr, inputs: Sequence[frozenset]) -> list[frozenset]:
         inner = eqn.params.get("jaxpr") if eqn.primitive.name in _CALLS else None
         inner = getattr(inner, "jaxpr", inner)
         if inner is not None and len(inner.invars) == len(operands):
-            outs = _dependences(inner, operands)
+            outs = _dependences(inner, operands, jumps)
         else:
             outs = [nothing.union(*operands)] * len(eqn.outvars)
+            smooth = all(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars)
+            if eqn.primitive.name in _JUMPS or not smooth:
+                jumps.update(*operands)
         found.update(zip(eqn.outvars, outs))
     return [read(v) for v in jaxpr.outvars]
 

@@ -1,5 +1,6 @@
 """The outer problem: learning hyperparameters."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ from ._outer import (
 from ._parameters import AbstractParameter, learnable
 from ._quasi_newton import BoundedBFGS
 from ._results import RESULTS
-from ._scale import search_scale
+from ._scale import rescaled, search_scale
 from ._solution import Solution
 from ._solve import checked
 
@@ -156,14 +157,15 @@ def learn(
     if objective.batched and key is None:
         raise ValueError("`key` is needed, since the objective uses random batches.")
     task = Task(None, objective, solver, adjoint, max_inner_steps)
-    theta, task = _separate(prior, conditions, task)
-    optimiser = _optimiser(optimiser, theta)
+    # The search may give a kernel a scale that it had not.
+    searched = rescaled(prior, jnp.array(1.0)) if scale_search else prior
+    optimiser = _optimiser(optimiser, _separate(searched, conditions, task)[0])
     record = _Record(verbose)
     tried: list[tuple[float, float]] = []
     if scale_search:
         num = 8 if scale_search is True else scale_search
         prior, tried = _search(prior, conditions, task, num)
-        theta, task = _separate(prior, conditions, task)
+    theta, task = _separate(prior, conditions, task)
     if isinstance(optimiser, optax.GradientTransformation):
         key = jax.random.key(0) if key is None else key
         run = _run_optax(optimiser, theta, task, steps, key)
@@ -172,7 +174,7 @@ def learn(
         run = _run_optimistix(optimiser, theta, task, steps)
         patience = 5 if patience is None else patience
     converged = _follow(run, record, rtol, patience)
-    learned = _finish(theta, task, record, converged, tried)
+    learned = _finish(theta, _thorough(task), record, converged, tried)
     failed = learned.solution.result != RESULTS.successful
     if throw and (failed or not np.isfinite(learned.objective)):
         message = RESULTS[learned.solution.result] or "The objective is not finite."
@@ -209,6 +211,11 @@ def _optimiser(optimiser, theta) -> _Optimiser:
     return optimiser
 
 
+def _thorough(task: Task) -> Task:
+    # For solves that may not start close to their solution.
+    return dataclasses.replace(task, max_inner_steps=max(50, task.max_inner_steps))
+
+
 def _separate(prior, conditions, task: Task) -> tuple[PyTree, Task]:
     # What is learned and what is not. In conditions only parameters are learned, and
     # their points and targets are data.
@@ -236,21 +243,20 @@ class _Record:
         self.start = time.perf_counter()
         self.rows: list[dict[str, Any]] = []
         self.best = np.inf
-        self.theta: PyTree = None
-        self.next_z: Any = None
+        self.outcome: Outcome | None = None
 
-    def add(self, theta, outcome: Outcome, batch: float, accepted: bool) -> None:
-        objective = float(outcome.objective)
+    def add(self, outcome: Outcome | None, batch: float, accepted: bool) -> None:
+        objective = np.nan if outcome is None else float(outcome.objective)
         if accepted and objective < self.best:
-            self.best, self.theta, self.next_z = objective, theta, outcome.next_z
+            self.best, self.outcome = objective, outcome
         row = dict(
             seconds=time.perf_counter() - self.start,
             objective=objective,
             best=self.best,
             batch=batch,
             accepted=accepted,
-            inner_steps=int(outcome.inner_steps),
-            jitter=float(outcome.jitter),
+            inner_steps=0 if outcome is None else int(outcome.inner_steps),
+            jitter=np.nan if outcome is None else float(outcome.jitter),
         )
         self.rows.append(row)
         report = dict(step=len(self.rows), **row)
@@ -274,11 +280,24 @@ class _Record:
 
 
 def _follow(run, record: _Record, rtol: float, patience: int) -> bool:
-    for theta, outcome, batch, accepted, done in run:
-        record.add(theta, outcome, batch, accepted)
+    for outcome, batch, accepted, done in run:
+        record.add(outcome, batch, accepted)
         if done or record.stalled(rtol, patience):
             return True
     return False
+
+
+def _warm(outcome: Outcome) -> Start:
+    return Start(outcome.next_z, jnp.array(False))
+
+
+def _attempt(step: Callable, *args: Any) -> Any:
+    # Derivatives raise where a linear solve in them meets nan, which cannot be switched
+    # off. That must not end the loop.
+    try:
+        return step(*args)
+    except eqx.EquinoxRuntimeError:
+        return None
 
 
 def _run_optax(optimiser, theta, task, steps, key):
@@ -286,42 +305,43 @@ def _run_optax(optimiser, theta, task, steps, key):
     start = cold_start(theta, task)
     last, length = None, 1.0
     for i in range(steps):
-        step = optax_step(
-            optimiser, opt_state, theta, task, start, jax.random.fold_in(key, i)
-        )
-        ok = bool(step.ok)
-        yield theta, step.outcome, float(step.value), ok, False
-        if ok:
-            start = Start(step.outcome.next_z, jnp.array(False))
-            opt_state, last = step.opt_state, (theta, step.updates)
-            length = min(1.0, 2 * length)
+        key_i = jax.random.fold_in(key, i)
+        step = _attempt(optax_step, optimiser, opt_state, theta, task, start, key_i)
+        ok = step is not None and bool(step.ok)
+        if step is None:
+            yield None, np.nan, False, False
         else:
-            # Shorten the step that led here. Without one, there is nowhere to go back
-            # to.
+            yield step.outcome, float(step.value), ok, False
+        if ok:
+            start, opt_state = _warm(step.outcome), step.opt_state
+            last, length = (theta, step.updates), min(1.0, 2 * length)
+        else:
+            # Shorten the step that led here, if there is one.
             length = length / 4
             if last is None or length < 1e-6:
                 return
         base, updates = last
-        scaled = jax.tree.map(lambda u: length * u, updates)
-        theta = eqx.apply_updates(base, scaled)
+        theta = eqx.apply_updates(base, jax.tree.map(lambda u: length * u, updates))
 
 
 def _run_optimistix(optimiser, theta, task, steps):
     start = cold_start(theta, task)
-    vector, unravel = ravel_pytree(theta)
-    state = optimistix_init(optimiser, theta, task, start)
+    vector, _ = ravel_pytree(theta)
+    state, done = optimistix_init(optimiser, theta, task, start), False
     for _ in range(steps):
-        step = optimistix_step(optimiser, state, vector, theta, task, start)
-        vector, state = step.vector, step.state
+        step = _attempt(optimistix_step, optimiser, state, vector, theta, task, start)
+        if step is None:
+            return
         ok = bool(jnp.isfinite(step.outcome.objective))
-        yield unravel(vector), step.outcome, float("nan"), ok, bool(step.done)
-        if ok:
-            start = Start(step.outcome.next_z, jnp.array(False))
+        # After the last step, one more tells how good its result is.
+        yield step.outcome, float(step.outcome.objective), ok, done
+        vector, state, done = step.vector, step.state, bool(step.done)
+        start = _warm(step.outcome) if ok else start
 
 
 def _search(prior, conditions, task: Task, num: int):
     def value(candidate):
-        theta, scaled = _separate(candidate, conditions, task)
+        theta, scaled = _separate(candidate, conditions, _thorough(task))
         _, outcome = evaluate(theta, scaled, cold_start(theta, scaled))
         objective = float(outcome.objective)
         return objective if np.isfinite(objective) else np.inf
@@ -330,10 +350,10 @@ def _search(prior, conditions, task: Task, num: int):
 
 
 def _finish(theta, task: Task, record: _Record, converged: bool, tried) -> Learned:
-    if record.theta is None:
+    if record.outcome is None:
         start = cold_start(theta, task)
     else:
-        theta, start = record.theta, Start(record.next_z, jnp.array(False))
+        theta, start = record.outcome.theta, _warm(record.outcome)
     solution, outcome = evaluate(theta, task, start)
     prior, conditions = eqx.combine(theta, task.rest)
     return Learned(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
-from ._condition import as_points, Condition
+from ._condition import as_points, as_target, Condition
 from ._parameters import unwrap
 from ._problem import condition_name, target_array
 from ._solution import Solution
@@ -88,7 +88,7 @@ class ValidationResidual(AbstractObjective):
         batch_size: int | None = None,
     ):
         self.points = as_points(points)
-        self.target = target
+        self.target = as_target(target)
         self.condition = condition
         n = len(self.points)
         if batch_size is not None and not 1 <= batch_size <= n:

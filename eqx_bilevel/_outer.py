@@ -39,6 +39,7 @@ class Start(eqx.Module):
 
 class Outcome(eqx.Module):
     # Of one inner solve, for the record and for the next one.
+    theta: PyTree
     objective: Float[Array, ""]  # the whole of it, not of a batch
     next_z: Float[Array, " N"]
     result: RESULTS
@@ -63,8 +64,9 @@ def solve_at(theta: PyTree, task: Task, start: Start) -> Solution:
     )
 
 
-def _outcome(solution: Solution, objective: Array) -> Outcome:
+def _outcome(theta: PyTree, solution: Solution, objective: Array) -> Outcome:
     return Outcome(
+        theta=theta,
         objective=objective,
         next_z=solution._next_z,
         result=solution.result,
@@ -76,7 +78,7 @@ def _outcome(solution: Solution, objective: Array) -> Outcome:
 @eqx.filter_jit
 def evaluate(theta: PyTree, task: Task, start: Start) -> tuple[Solution, Outcome]:
     solution = solve_at(theta, task, start)
-    return solution, _outcome(solution, task.objective(solution))
+    return solution, _outcome(theta, solution, task.objective(solution))
 
 
 @eqx.filter_jit
@@ -114,12 +116,13 @@ def optax_step(
         solution = solve_at(theta, task, start)
         value = batch(solution)
         whole = task.objective(solution) if task.objective.batched else value
-        return value, _outcome(solution, jax.lax.stop_gradient(whole))
+        return value, _outcome(theta, solution, jax.lax.stop_gradient(whole))
 
     (value, outcome), gradient = eqx.filter_value_and_grad(loss, has_aux=True)(theta)
     leaves = jax.tree.leaves(gradient)
     finite = [jnp.isfinite(value), *[jnp.all(jnp.isfinite(g)) for g in leaves]]
-    updates, opt_state = optimiser.update(gradient, opt_state, theta)
+    with jax.numpy_dtype_promotion("standard"):  # Optax relies on it.
+        updates, opt_state = optimiser.update(gradient, opt_state, theta)
     return OptaxStep(updates, opt_state, value, outcome, jnp.stack(finite).all())
 
 
@@ -139,9 +142,10 @@ class _Flat(eqx.Module):
         _, unravel = ravel_pytree(theta)
 
         def residuals(v):
-            solution = solve_at(unravel(v), task, start)
+            theta = unravel(v)
+            solution = solve_at(theta, task, start)
             r = task.objective.residuals(solution)
-            return r, _outcome(solution, 0.5 * jnp.sum(r**2))
+            return r, _outcome(theta, solution, 0.5 * jnp.sum(r**2))
 
         def value(v):
             # Objectives span many orders of magnitude. In logarithms, the valley around
@@ -162,7 +166,7 @@ class _Flat(eqx.Module):
 class OptimistixStep(eqx.Module):
     vector: Float[Array, " P"]
     state: Any
-    outcome: Outcome
+    outcome: Outcome  # of the last vector but one, as Optimistix has it
     done: Bool[Array, ""]
 
 

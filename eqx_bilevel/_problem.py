@@ -116,6 +116,8 @@ def trace_conditions(prior: Any, conditions: Sequence[Condition]) -> list[Trace]
             )
         traces.append(trace_operator(condition.operator, unknowns, dim, dtype, name))
         _check_smoothness(_kernels(prior), traces[-1], name)
+    _check_names([condition_name(c, i) for i, c in enumerate(conditions)])
+    _check_shapes(prior, dim, dtype)
     used = {unknown for t in traces for unknown, _ in t.jets}
     unused = [name for name in unknowns.names if name not in used]
     if unused:
@@ -134,6 +136,30 @@ def mean_functions(prior) -> dict[str, Callable]:
 def priors_of(prior) -> dict[str, GaussianProcess]:
     single = isinstance(prior, GaussianProcess)
     return {"u": prior} if single else dict(prior)
+
+
+def _check_names(names: list[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"Several conditions have the same name: {repeated}.")
+
+
+def _check_shapes(prior, dim: int, dtype) -> None:
+    # Calls kernels and means as they will be called, for them to raise their errors.
+    x = jax.ShapeDtypeStruct((dim,), dtype)
+    for p in priors_of(prior).values():
+        for what, fn, args in (("kernel", p.kernel, 2), ("mean", mean_function(p), 1)):
+            out = eqx.filter_eval_shape(fn, *[x] * args)
+            if out.dtype != dtype:
+                raise ValueError(
+                    f"The points are {dtype}, but the {what} returns {out.dtype}: give "
+                    "hyperparameters and points the same dtype."
+                )
+            if out.shape != ():
+                raise ValueError(
+                    f"`{what}` of a `GaussianProcess` must return one number at points "
+                    f"of shape ({dim},), but it returned an array of shape {out.shape}."
+                )
 
 
 def _check_smoothness(kernels, trace: Trace, name: str) -> None:
@@ -184,6 +210,22 @@ def jets_of(
     return jax.vmap(at)(points)
 
 
+def by_name(
+    functions: Any, jets: Sequence[tuple[str, Index]], unknowns: Unknowns, what: str
+) -> Mapping[str, Callable]:
+    # What stands for the unknowns that have an entry in these jets.
+    if unknowns.single and callable(functions):
+        functions = {unknowns.names[0]: functions}
+    wanted = sorted({name for name, _ in jets})
+    known = functions if isinstance(functions, Mapping) else {}
+    if not all(callable(known.get(name)) for name in wanted):
+        raise ValueError(
+            f"`{what}` must be a function of a point, or with several unknowns a "
+            f"dictionary with a function for each of {wanted}, got {functions!r}."
+        )
+    return known
+
+
 def target_array(target, trace: Trace, points, name: str) -> Float[Array, "n q"]:
     n, dtype = len(points), points.dtype
     if callable(target):
@@ -201,8 +243,8 @@ def target_array(target, trace: Trace, points, name: str) -> Float[Array, "n q"]
         got = [leaf.shape for leaf in leaves]
         raise ValueError(
             f"The target of condition {name!r} must be a number, a function of a "
-            f"point, or have the shape(s) {shapes} (number of points, then the shape of the "
-            f"operator's value), got {got}."
+            f"point, or have the shape(s) {shapes} (number of points, then the shape "
+            f"of the operator's value), got {got}."
         )
     full = [jnp.broadcast_to(leaf, s).reshape(n, -1) for leaf, s in zip(leaves, shapes)]
     return jnp.concatenate(full, axis=1)
@@ -211,8 +253,7 @@ def target_array(target, trace: Trace, points, name: str) -> Float[Array, "n q"]
 def _scale(kernels, condition: Condition, unknowns, trace, mean) -> Float[Array, ""]:
     # The mean prior variance of the condition, linearised at its reference.
     if condition.reference is not None:
-        reference = condition.reference
-        functions = {unknowns.names[0]: reference} if callable(reference) else reference
+        functions = by_name(condition.reference, trace.jets, unknowns, "reference")
         mean = jets_of(functions, trace.jets, condition.points)
     z = mean[:, jnp.array(trace.nonlinear, int)]
     at = lambda z, x: linearise_operator(condition.operator, unknowns, trace, z, x)[0]

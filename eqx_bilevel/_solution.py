@@ -145,14 +145,7 @@ class Solution(eqx.Module):
         """Operator minus target of each condition, by its name, at its points. They are
         not zero but noise times weights; at other points use `apply`.
         """
-        out = {}
-        for r in self._problem.rows:
-            values = self._jets(r.trace.jets, r.points)
-            at = lambda v, x, r=r: residual(
-                r.operator, r.unknowns, r.trace.jets, list(v), x
-            )
-            out[r.name] = jax.vmap(at)(values, r.points) - r.target
-        return out
+        return _residuals(self)
 
     def spectrum(self, num_products: int = 20) -> tuple[Array, Array]:
         """The smallest and largest eigenvalue of $\\partial T / \\partial z$ at the
@@ -186,6 +179,11 @@ class Solution(eqx.Module):
     def _unknowns(self):
         return names_of(self.prior)
 
+    @property
+    def _usable(self):
+        # After a failure all is nan, also what does not depend on the weights.
+        return jnp.all(jnp.isfinite(self.weights))
+
     def _trace(self, operator, x) -> Trace:
         return trace(operator, self._unknowns, x.shape[1], x.dtype, "apply")
 
@@ -201,10 +199,10 @@ class Solution(eqx.Module):
     def _linearised_block(self, operator, x) -> Block:
         operator = unwrap(operator)
         found = self._trace(operator, x)
-        if found.size != 1:
+        if found.shapes != ((),):
             raise ValueError(
                 "`operator` must return one number here, but it returned arrays of "
-                f"shapes {found.shapes}."
+                f"shapes {list(found.shapes)}."
             )
         z = self._jets(found.jets, x)[:, jnp.array(found.nonlinear, int)]
         at = lambda z, x: linearise_operator(operator, self._unknowns, found, z, x)[0]
@@ -263,6 +261,18 @@ def _apply(solution: Solution, operator, x):
 
 
 @eqx.filter_jit
+def _residuals(solution: Solution):
+    out = {}
+    for r in solution._problem.rows:
+        values = solution._jets(r.trace.jets, r.points)
+        at = lambda v, x, r=r: residual(
+            r.operator, r.unknowns, r.trace.jets, list(v), x
+        )
+        out[r.name] = jax.vmap(at)(values, r.points) - r.target
+    return out
+
+
+@eqx.filter_jit
 def _std(solution: Solution, operator, x):
     kernels = solution._problem.kernels
     block = solution._linearised_block(operator, x)
@@ -272,7 +282,8 @@ def _std(solution: Solution, operator, x):
     # Rounding may make what is practically zero negative, and the square root of zero
     # has no derivative.
     positive = variance > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
+    std = jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
+    return jnp.where(solution._usable, std, jnp.nan)
 
 
 @eqx.filter_jit
@@ -314,4 +325,5 @@ def _condition_number(solution: Solution, num_products: int):
     backwards = lambda v: solution._solve(v * scale) * scale
     start = jnp.cos(jnp.arange(scale.shape[0], dtype=scale.dtype))
     largest = power_iteration(forwards, start, num_products)
-    return largest * power_iteration(backwards, start, num_products)
+    smallest_inverse = power_iteration(backwards, start, num_products)
+    return jnp.where(solution._usable, largest * smallest_inverse, jnp.nan)

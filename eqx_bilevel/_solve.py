@@ -19,6 +19,7 @@ from ._gauss_newton import GaussNewton, representer_weights, smallest_nugget
 from ._parameters import unwrap
 from ._problem import (
     build,
+    by_name,
     condition_name,
     jets_of,
     linearise,
@@ -95,6 +96,14 @@ def solve(
             f"{type(solver).__name__}. For other Optimistix solvers see "
             "`eqx_bilevel.solve_whitened`."
         )
+    wrong = isinstance(adjoint, optx.ImplicitAdjoint)  # Its derivative of z is zero.
+    if wrong or not isinstance(adjoint, optx.AbstractAdjoint):
+        raise ValueError(
+            "`adjoint` must be an `eqx_bilevel.FixedPointAdjoint` or an "
+            f"`eqx_bilevel.FrozenAdjoint`, got a {type(adjoint).__name__}."
+        )
+    if max_steps < 1:
+        raise ValueError(f"`max_steps` must be at least 1, got {max_steps}.")
     prior, conditions = checked(prior, conditions)
     initial = functions_as_pytrees(initial)
     return _solve(prior, conditions, solver, adjoint, initial, max_steps, throw)
@@ -205,7 +214,7 @@ def _initial_z(problem: Problem, initial: Any) -> Float[Array, " N"]:
         if isinstance(initial, Solution):
             values = initial._jets(jets, r.points)
         else:
-            functions = {r.unknowns.names[0]: initial} if callable(initial) else initial
+            functions = by_name(initial, jets, r.unknowns, "initial")
             values = jets_of(functions, jets, r.points)
         parts.append(values.reshape(-1))
     return jnp.concatenate(parts) if parts else prior_z(problem)
@@ -277,11 +286,16 @@ def solution_at(
 ) -> Solution:
     # The solution of the problem linearised at z, differentiable in the problem and in
     # z.
-    linearised = linearise(problem, z)
-    weights = representer_weights(problem, linearised, jitter, linear_solver, factor)
     of_use = (result == RESULTS.successful) | (
         result == RESULTS.nonlinear_max_steps_reached
     )
+    # Steps may run out before any linearisation could be solved.
+    of_use = of_use & jnp.invert(jnp.isinf(stats["change"]))
+    # After a failure everything is nan. None of it must reach a linear solve in reverse
+    # mode, where it would raise.
+    z = jnp.where(of_use, z, jax.lax.stop_gradient(z))
+    linearised = linearise(problem, z)
+    weights = representer_weights(problem, linearised, jitter, linear_solver, factor)
     weights = jnp.where(of_use, weights, jnp.nan)
     stats = stats | _statistics(problem, linearised, weights, jitter)
     return Solution(

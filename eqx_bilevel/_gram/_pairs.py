@@ -285,7 +285,8 @@ def _(kernel: Stretched, indices, x):
 @pairs.register
 def _(kernel: Stretched, left_indices, right_indices, left, right):
     table = pairs(kernel.kernel, left_indices, right_indices, left, right)
-    factor = value_of(kernel.factor)
-    return {
-        (a, b): entry / _power(factor, sum(a + b)) for (a, b), entry in table.items()
-    }
+    dim = len(left_indices[0])
+    factor = jnp.broadcast_to(value_of(kernel.factor), (dim,))
+    # One factor for each derivative, in either argument, along its dimension.
+    powers = lambda a, b: [_power(factor[d], a[d] + b[d]) for d in range(dim)]
+    return {(a, b): e / math.prod(powers(a, b)) for (a, b), e in table.items()}

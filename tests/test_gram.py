@@ -1,0 +1,599 @@
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+from eqx_bilevel._gram import (
+    _blocks,
+    Block,
+    covariance,
+    covariance_product,
+    dense,
+    GramOperator,
+    variances,
+)
+from eqx_bilevel._kernels import (
+    AbstractFeatureKernel,
+    AbstractKernel,
+    Constant,
+    Gaussian,
+    Gibbs,
+    LengthscaleNetwork,
+    Matern,
+    Periodic,
+    Polynomial,
+    RationalQuadratic,
+    Stretched,
+    Subspace,
+    Warped,
+)
+from eqx_bilevel._parameters import Frozen, unwrap
+from jax.flatten_util import ravel_pytree
+
+
+#
+# The independent truth: derivatives of `kernel(x, y)` by nested automatic
+# differentiation, for one pair of points at a time.
+#
+
+
+def _repeat(fn, order, argnum):
+    for _ in range(order):
+        fn = jax.jacfwd(fn, argnum)
+    return fn
+
+
+@eqx.filter_jit
+def _all_partials(kernel, xs, ys, orders):
+    k = lambda x, y: kernel(x, y)
+    at = lambda x, y: {(m, n): _repeat(_repeat(k, n, 1), m, 0)(x, y) for m, n in orders}
+    return jax.vmap(lambda x: jax.vmap(lambda y: at(x, y))(ys))(xs)
+
+
+def _axes(index):
+    return tuple(axis for axis, order in enumerate(index) for _ in range(order))
+
+
+def _oracle_block(kernels, left, right):
+    out = 0.0
+    for name, kernel in kernels.items():
+        lefts = [(i, a) for i, (unknown, a) in enumerate(left.jets) if unknown == name]
+        rights = [
+            (j, b) for j, (unknown, b) in enumerate(right.jets) if unknown == name
+        ]
+        orders = sorted({(sum(a), sum(b)) for _, a in lefts for _, b in rights})
+        table = _all_partials(kernel, left.points, right.points, tuple(orders))
+        for i, a in lefts:
+            for j, b in rights:
+                # `jacfwd` appends axes: those of the inner derivative come first.
+                entry = table[sum(a), sum(b)][(..., *_axes(b), *_axes(a))]
+                weights = left.coefficients[:, :, i], right.coefficients[:, :, j]
+                out = out + np.einsum("nq,nm,mr->nqmr", weights[0], entry, weights[1])
+    return np.asarray(out).reshape(left.size, right.size)
+
+
+def oracle(kernels, left, right):
+    return np.block([[_oracle_block(kernels, a, b) for b in right] for a in left])
+
+
+def assert_close(actual, expected, rtol=1e-12):
+    scale = np.max(np.abs(expected))
+    assert scale > 0 and actual.shape == expected.shape
+    assert np.max(np.abs(actual - expected)) <= rtol * scale
+
+
+#
+# Functionals
+#
+
+
+def e(d, *axes):
+    return tuple(axes.count(i) for i in range(d))
+
+
+def jets(d, *axes, name="u"):
+    return tuple((name, e(d, *a)) for a in axes)
+
+
+def random_block(key, n, q, jets):
+    key1, key2 = jax.random.split(key)
+    points = jax.random.uniform(key1, (n, len(jets[0][1])))
+    return Block(points, jax.random.normal(key2, (n, q, len(jets))), jets)
+
+
+# Three at each point: the value, the Laplacian, and one like that of Burgers' equation,
+# with coefficients that differ from point to point.
+def pde_block(key, n, d):
+    key1, key2, key3 = jax.random.split(key, 3)
+    last = d - 1
+    used = jets(d, (), (last,), *[(i, i) for i in range(d)])
+    value = jnp.zeros((n, 2 + d)).at[:, 0].set(1.0)
+    laplacian = jnp.zeros((n, 2 + d)).at[:, 2:].set(1.0)
+    burgers = jnp.zeros((n, 2 + d))
+    burgers = burgers.at[:, 0].set(jax.random.normal(key1, (n,)))
+    burgers = burgers.at[:, 1].set(jax.random.normal(key2, (n,)))
+    burgers = burgers.at[:, -1].set(-0.3)
+    points = jax.random.uniform(key3, (n, d))
+    return Block(points, jnp.stack([value, laplacian, burgers], axis=1), used)
+
+
+# First derivatives, mixed ones and second ones.
+def mixed_block(key, n, d):
+    axes = {1: [(0,), (0, 0)], 2: [(0,), (0, 1), (1, 1)], 3: [(0,), (1, 2), (2, 2)]}
+    return random_block(key, n, 2, jets(d, *axes[d]))
+
+
+#
+# Kernels
+#
+
+
+class Cosine(AbstractKernel):
+    frequency: jax.Array = eqx.field(default=3.0, converter=jnp.asarray)
+
+    def __call__(self, x, y):
+        return jnp.cos(self.frequency * jnp.sum(x - y)) + jnp.prod(x * y)
+
+
+def _network(d, out_size):
+    return LengthscaleNetwork(d, out_size, 3, 1, scale=0.8, key=jax.random.key(1))
+
+
+def _mlp(d):
+    return eqx.nn.MLP(d, d, 3, 1, activation=jnp.tanh, key=jax.random.key(2))
+
+
+KERNELS = {
+    "gaussian": lambda d: Gaussian(0.6),
+    "gaussian_ard": lambda d: Gaussian(np.linspace(0.4, 0.8, d)),
+    "matern_2.5": lambda d: Matern(np.linspace(0.6, 0.9, d)),
+    "matern_3.5": lambda d: Matern(0.8, nu=3.5),
+    "rational_quadratic": lambda d: RationalQuadratic(0.6, 0.7),
+    "periodic": lambda d: Periodic(0.9, np.linspace(1.1, 1.3, d)),
+    "polynomial": lambda d: Polynomial(3, 0.7, 0.4),
+    "constant": lambda d: Constant(0.7),
+    "sum": lambda d: Gaussian(0.6) + Polynomial(2) + 0.3,
+    "product": lambda d: Gaussian(0.6) * Polynomial(2),
+    "product_of_three": lambda d: Matern(0.9) * Gaussian(0.6) * RationalQuadratic(0.8),
+    "scaled": lambda d: 2.5 * Frozen(Matern(0.8)),
+    "subspace": lambda d: Subspace(Matern(0.8), d - 1) + Gaussian(0.6),
+    "subspaces": lambda d: Subspace(Gaussian(0.4), 0) * Subspace(Periodic(1, 1.3), 1),
+    "subspace_permuted": lambda d: Subspace(Gaussian(np.array([0.4, 0.9])), (d - 1, 0)),
+    "stretched": lambda d: Stretched(Matern(0.5), 1.7),
+    "stretched_ard": lambda d: Stretched(Matern(0.7), np.linspace(0.7, 1.6, d)),
+    "warped_gaussian": lambda d: Warped(Gaussian(0.7), _mlp(d)),
+    "warped_matern": lambda d: Warped(Matern(0.7, nu=4.5), _mlp(d)),
+    "gibbs": lambda d: Gibbs(_network(d, "scalar")),
+    "gibbs_ard": lambda d: Gibbs(_network(d, d)),
+    "warped_gibbs": lambda d: Warped(Gibbs(_network(d, "scalar")), _mlp(d)),
+    "user": lambda d: Cosine(),
+}
+CASES = [(name, 2) for name in KERNELS]
+CASES += [(n, 1) for n in ("matern_2.5", "periodic", "product_of_three", "gibbs_ard")]
+CASES += [(n, 1) for n in ("warped_matern", "warped_gibbs", "user")]
+CASES += [(n, 3) for n in ("gaussian_ard", "matern_3.5", "subspace_permuted", "user")]
+CASES += [(n, 3) for n in ("stretched_ard", "rational_quadratic")]
+
+
+def make(name, d):
+    return {"u": unwrap(KERNELS[name](d))}
+
+
+@eqx.filter_jit
+def _covariance_and_variances(kernels, left, right):
+    return covariance(kernels, left, right), variances(kernels, right)
+
+
+@eqx.filter_jit
+def _all_three(kernels, left, right, vector):
+    matrix = covariance(kernels, left, right)
+    product = covariance_product(kernels, left, right, vector)
+    return matrix, product, variances(kernels, left)
+
+
+@eqx.filter_jit
+def _square(kernels, blocks):
+    # Blocks below the diagonal are copied, and computed.
+    lazy = covariance(kernels, blocks, blocks)
+    return lazy, covariance(kernels, blocks, list(blocks))
+
+
+jitted = eqx.filter_jit(covariance)
+
+
+#
+# Values
+#
+
+
+@pytest.mark.parametrize("name,d", CASES)
+def test_against_automatic_differentiation(name, d, getkey):
+    kernels = make(name, d)
+    left, right = [pde_block(getkey(), 4, d)], [mixed_block(getkey(), 3, d)]
+    if d > 1 and isinstance(kernels["u"], AbstractFeatureKernel):
+        # These take long to compile.
+        right = [random_block(getkey(), 3, 2, jets(d, (0, 1)))]
+    matrix, diagonal = _covariance_and_variances(kernels, left, right)
+    # A constant's derivatives are zero, so that only the values are compared.
+    if name == "constant":
+        assert_close(matrix, np.zeros_like(matrix) + 1.0, 1.0)
+        assert np.all(matrix == 0) and np.all(diagonal == 0)
+        values = covariance(kernels, left, left)
+        assert_close(values, oracle(kernels, left, left))
+        return
+    assert_close(matrix, oracle(kernels, left, right))
+    if not _differentiable_on_the_diagonal(name):
+        return
+    each = [
+        np.diag(oracle(kernels, [point], [point])) for point in _points_of(right[0])
+    ]
+    assert_close(diagonal, np.concatenate(each))
+
+
+# Automatic differentiation of a Matern kernel's `__call__` at x == y is not meant to be
+# right in general: its derivatives there are compared with closed forms below.
+def _differentiable_on_the_diagonal(name):
+    rough = ("matern", "product_of_three", "scaled", "stretched", "warped_matern")
+    return not name.startswith(rough) and name != "subspace"
+
+
+def _points_of(block):
+    for i in range(block.points.shape[0]):
+        one = slice(i, i + 1)
+        yield Block(block.points[one], block.coefficients[one], block.jets)
+
+
+# Smooth enough for an operator of fourth order on both sides.
+BIHARMONIC = {
+    "gaussian_ard": lambda: Gaussian(np.array([0.6, 0.9])),
+    "matern_4.5": lambda: Matern(0.9, nu=4.5),
+    "rational_quadratic": lambda: RationalQuadratic(0.9, 1.5),
+    "subspaces": lambda: Subspace(Gaussian(0.7), 1) * Subspace(Matern(0.9, nu=4.5), 0),
+}
+
+
+@pytest.mark.parametrize("name", BIHARMONIC)
+def test_biharmonic(name, getkey):
+    kernels = {"u": unwrap(BIHARMONIC[name]())}
+    used = jets(2, (0, 0, 0, 0), (0, 0, 1, 1), (1, 1, 1, 1))
+    coefficients = jnp.broadcast_to(jnp.array([1.0, 2.0, 1.0]), (3, 1, 3))
+    left = [Block(jax.random.uniform(getkey(), (3, 2)), coefficients, used)]
+    right = [random_block(getkey(), 3, 1, used)]
+    assert_close(jitted(kernels, left, right), oracle(kernels, left, right))
+
+
+@pytest.mark.parametrize("name", ("gibbs", "periodic", "user", "warped_matern"))
+def test_fourth_order_in_one_dimension(name, getkey):
+    kernels = make(name, 1)
+    left = [random_block(getkey(), 3, 1, jets(1, (0, 0, 0, 0)))]
+    right = [random_block(getkey(), 4, 1, jets(1, (), (0, 0)))]
+    assert_close(jitted(kernels, left, right), oracle(kernels, left, right))
+
+
+def _matern_moment(nu, order):
+    # The variance of the derivative of this order, for lengthscale 1: the 2m-th moment
+    # of the spectral density, a Student distribution with 2 nu degrees of freedom.
+    below = math.prod(nu - i for i in range(1, order + 1))
+    return math.prod(range(1, 2 * order, 2)) * nu**order / below
+
+
+@pytest.mark.parametrize("nu", (1.5, 2.5, 3.5, 4.5))
+def test_matern_at_coinciding_points_1d(nu):
+    length, p = 0.7, round(nu - 0.5)
+    axes = [(0,) * m for m in range(p + 1)]
+    eye = jnp.broadcast_to(jnp.eye(p + 1), (2, p + 1, p + 1))
+    block = Block(jnp.array([[0.3], [0.3]]), eye, jets(1, *axes))
+
+    def fn(length):
+        kernels = {"u": unwrap(Matern(length, nu=nu))}
+        return covariance(kernels, [block], [block]), variances(kernels, [block])
+
+    expected = np.zeros((p + 1, p + 1))
+    slope = np.zeros((p + 1, p + 1))
+    for m in range(p + 1):
+        for n in range(m % 2, p + 1, 2):  # Odd moments vanish.
+            half = (m + n) // 2
+            moment = (-1) ** ((m - n) // 2) * _matern_moment(nu, half)
+            expected[m, n] = moment * length ** (-2 * half)
+            slope[m, n] = -2 * half * moment * length ** (-2 * half - 1)
+    matrix, diagonal = fn(jnp.array(length))
+    assert_close(matrix, np.tile(expected, (2, 2)), 1e-13)
+    assert_close(diagonal, np.tile(np.diag(expected), 2), 1e-13)
+    # Derivatives with respect to the lengthscale are finite and right there, too.
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        matrix, diagonal = jacobian(fn)(jnp.array(length))
+        assert_close(matrix, np.tile(slope, (2, 2)), 1e-13)
+        assert_close(diagonal, np.tile(np.diag(slope), 2), 1e-13)
+
+
+def test_matern_at_coinciding_points_2d():
+    nu, (lx_, ly) = 2.5, (0.6, 1.1)
+    kernels = {"u": unwrap(Matern(np.array([lx_, ly]), nu=nu))}
+    used = jets(2, (0, 0), (0, 1), (1, 1))
+    eye = jnp.eye(3)[None]
+    block = Block(jnp.array([[0.3, 0.8]]), eye, used)
+    # E[u_xx u_xx] = 3 c, E[u_xx u_yy] = E[u_xy u_xy] = c, by isotropy.
+    c = _matern_moment(nu, 2) / 3
+    expected = np.array(
+        [
+            [3 * c / lx_**4, 0, c / (lx_ * ly) ** 2],
+            [0, c / (lx_ * ly) ** 2, 0],
+            [c / (lx_ * ly) ** 2, 0, 3 * c / ly**4],
+        ]
+    )
+    assert_close(covariance(kernels, [block], [block]), expected, 1e-13)
+
+
+# The limit is reached continuously: nearby points do not lose digits.
+def test_matern_at_nearby_points():
+    kernels = {"u": unwrap(Matern(0.7))}
+    at = lambda x: Block(jnp.array([[x]]), jnp.ones((1, 1, 1)), jets(1, (0, 0)))
+    for distance in (1e-3, 1e-6, 1e-9, 1e-12, 1e-100):
+        actual = covariance(kernels, [at(0.0)], [at(distance)])[0, 0]
+        # k'''' of (1 + t + t^2 / 3) exp(-t), t = sqrt(5) r / l.
+        t = math.sqrt(5) * distance / 0.7
+        expected = 25 / 0.7**4 * (1 - 5 / 3 * t + t**2 / 3) * math.exp(-t)
+        np.testing.assert_allclose(actual, expected, rtol=1e-13)
+
+
+#
+# Blocks
+#
+
+
+def test_independent_unknowns(getkey):
+    kernels = dict(u=unwrap(Gaussian(0.6)), v=unwrap(RationalQuadratic(0.8)))
+    only_u = random_block(getkey(), 3, 1, jets(2, (), (0, 0)))
+    only_v = random_block(getkey(), 2, 2, jets(2, (0,), name="v"))
+    both = random_block(getkey(), 3, 2, jets(2, (1,), name="v") + jets(2, (0, 0), (1,)))
+    matrix = jitted(kernels, [only_u, both], [only_v, both])
+    assert np.all(matrix[:3, :4] == 0)
+    # The others are those of each unknown on its own, added up.
+    kernel_u, kernel_v = {"u": kernels["u"]}, {"v": kernels["v"]}
+    assert_close(matrix[:3, 4:], oracle(kernel_u, [only_u], [both]))
+    assert_close(matrix[3:, :4], oracle(kernel_v, [both], [only_v]))
+    expected = oracle(kernel_u, [both], [both]) + oracle(kernel_v, [both], [both])
+    assert_close(matrix[3:, 4:], expected)
+
+
+# Functionals are counted point by point, and blocks one after the other.
+def test_order_of_functionals():
+    kernels = {"u": unwrap(Gaussian(0.6))}
+    points = jnp.array([[0.1], [0.6]])
+    coefficients = jnp.array([[[1.0, 0.0], [0.0, 1.0]]] * 2)
+    both = Block(points, coefficients, jets(1, (), (0,)))
+    value = Block(points, jnp.ones((2, 1, 1)), jets(1, ()))
+    assert both.size == 4 and value.size == 2
+    matrix = covariance(kernels, [value, both], [both])
+    k = lambda i, j: math.exp(-0.5 * ((points[i, 0] - points[j, 0]) / 0.6) ** 2)
+    slope = lambda i, j: k(i, j) * (points[i, 0] - points[j, 0]) / 0.36
+    expected = [[k(i, 0), slope(i, 0), k(i, 1), slope(i, 1)] for i in range(2)]
+    np.testing.assert_allclose(matrix[:2], expected, rtol=1e-14)
+    np.testing.assert_allclose(matrix[jnp.array([2, 4])], expected, rtol=1e-14)
+
+
+def _blocks_1d(key, sizes=((5, 1), (3, 2))):
+    keys = jax.random.split(key, len(sizes))
+    used = [jets(1, (), (0, 0)), jets(1, (), (0,)), jets(1, (0,))]
+    each = zip(keys, sizes, used)
+    return tuple(random_block(k, n, q, names) for k, (n, q), names in each)
+
+
+@pytest.mark.parametrize("name", ("matern_2.5", "gibbs_ard", "user"))
+def test_product_and_variances(name, getkey):
+    kernels = make(name, 1)
+    left, right = _blocks_1d(getkey()), _blocks_1d(getkey(), ((4, 2), (3, 1), (2, 1)))
+    vector = jax.random.normal(getkey(), (sum(b.size for b in right),))
+    matrix, product, diagonal = _all_three(kernels, left, right, vector)
+    expected = oracle(kernels, left, right)
+    assert_close(matrix, expected)
+    assert_close(product, expected @ vector)
+    assert_close(diagonal, np.diag(_square(kernels, left)[0]), 1e-14)
+
+
+@pytest.mark.parametrize(
+    "name,d", (("matern_2.5", 2), ("gibbs", 1), ("subspaces", 2), ("warped_matern", 1))
+)
+def test_symmetric_positive_semidefinite(name, d, getkey):
+    kernels = make(name, d)
+    blocks = [pde_block(getkey(), 6, d), mixed_block(getkey(), 5, d)]
+    matrix, computed = map(np.asarray, _square(kernels, blocks))
+    assert_close(matrix.T, matrix, 1e-14)
+    assert_close(computed, matrix, 1e-14)
+    eigenvalues = np.linalg.eigvalsh(matrix)
+    assert eigenvalues[0] >= -1e-14 * eigenvalues[-1]
+    assert eigenvalues[-2] > 0
+
+
+#
+# Chunks
+#
+
+
+@pytest.mark.parametrize("at_once", (1, 6, 20))
+def test_chunks(at_once, getkey, monkeypatch):
+    kernels = make("matern_3.5", 1)
+    # With 3 to 7 columns: rows one by one, chunks that 7 rows do not fill, and both.
+    left = _blocks_1d(getkey(), ((7, 1), (3, 2)))
+    right = _blocks_1d(getkey(), ((7, 2), (4, 1)))
+    vector = jax.random.normal(getkey(), (sum(b.size for b in right),))
+    weights = jax.random.normal(getkey(), (sum(b.size for b in left),))
+
+    def scalars(inputs):
+        kernels, left, right, vector = inputs
+        matrix = covariance(kernels, left, right)
+        product = covariance_product(kernels, left, right, vector)
+        return weights @ jnp.sin(matrix @ vector), weights @ jnp.sin(product)
+
+    inputs = (kernels, left, right, vector)
+    params, static = eqx.partition(inputs, eqx.is_inexact_array)
+    fn = lambda params: scalars(eqx.combine(params, static))
+    run = lambda: jax.jit(lambda p: (fn(p), jax.jacrev(fn)(p)))(params)
+    values, gradients = run()
+    monkeypatch.setattr(_blocks, "_PAIRS_AT_ONCE", at_once)
+    assert "scan" in str(jax.make_jaxpr(fn)(params))
+    chunked_values, chunked_gradients = run()
+    np.testing.assert_allclose(chunked_values, values, rtol=1e-13)
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-13)
+    for whole, chunked in zip(gradients, chunked_gradients):
+        assert_close(ravel_pytree(chunked)[0], ravel_pytree(whole)[0], 1e-12)
+
+
+#
+# Derivatives
+#
+
+
+def _check_derivatives(fn, inputs, key, h=1e-5, rtol=1e-7):
+    # In one random direction in all inputs, forwards and backwards.
+    flat, unravel = ravel_pytree(inputs)
+    direction = jax.random.normal(key, flat.shape)
+    scalar = jax.jit(lambda flat: fn(unravel(flat)))
+    difference = (scalar(flat + h * direction) - scalar(flat - h * direction)) / (2 * h)
+    forward = jax.jit(lambda x: jax.jvp(scalar, (x,), (direction,))[1])(flat)
+    backward = jax.jit(jax.grad(scalar))(flat) @ direction
+    scale = abs(difference)
+    assert scale > 1e-3
+    assert abs(forward - difference) <= rtol * scale
+    assert abs(backward - forward) <= 1e-11 * scale
+
+
+@pytest.mark.parametrize("which", ("covariance", "product", "variances"))
+@pytest.mark.parametrize("name", ("matern_3.5", "gibbs", "product_of_three"))
+def test_derivatives(name, which, getkey):
+    blocks, others = _blocks_1d(getkey()), _blocks_1d(getkey(), ((4, 2),))
+    kernels = make(name, 1)
+    vector = jax.random.normal(getkey(), (8,))
+    weights = jax.random.normal(getkey(), (11,))
+    inputs = (kernels, blocks, others, vector)
+    params, static = eqx.partition(inputs, eqx.is_inexact_array)
+
+    def fn(params):
+        kernels, blocks, others, vector = eqx.combine(params, static)
+        if which == "covariance":
+            # Also with itself, at coinciding points.
+            square = weights @ jnp.sin(covariance(kernels, blocks, blocks)) @ weights
+            return square + jnp.sum(jnp.sin(covariance(kernels, blocks, others)))
+        elif which == "product":
+            product = covariance_product(kernels, blocks, others, vector)
+            square = covariance_product(kernels, blocks, blocks, weights)
+            return weights @ jnp.sin(product) + jnp.sum(jnp.sin(square))
+        else:
+            return weights @ variances(kernels, blocks) + 0.0 * jnp.sum(vector)
+
+    _check_derivatives(fn, params, getkey())
+
+
+#
+# As an operator
+#
+
+
+@pytest.fixture
+def gram(getkey):
+    blocks = _blocks_1d(getkey())
+    diagonal = 0.1 + jax.random.uniform(getkey(), (11,))
+    return GramOperator(make("matern_3.5", 1), blocks, diagonal)
+
+
+def _expected(gram):
+    # `covariance` is compared with the truth above.
+    square = np.asarray(jitted(gram.kernels, gram.blocks, gram.blocks))
+    return square + np.diag(np.asarray(gram.diagonal))
+
+
+def test_operator(gram, getkey):
+    expected = _expected(gram)
+    vector = jax.random.normal(getkey(), (11,))
+    assert_close(gram.as_matrix(), expected)
+    assert_close(gram.mv(vector), expected @ vector)
+    assert_close(gram.T.mv(vector), expected @ vector)
+    assert gram.in_structure() == gram.out_structure()
+    assert gram.in_structure().shape == (11,)
+    assert lx.is_symmetric(gram) and lx.is_positive_semidefinite(gram)
+    for predicate in (lx.is_diagonal, lx.is_tridiagonal, lx.is_negative_semidefinite):
+        assert not predicate(gram)
+    for predicate in (lx.is_lower_triangular, lx.is_upper_triangular):
+        assert not predicate(gram)
+    assert not lx.has_unit_diagonal(gram)
+    assert_close(lx.diagonal(gram), np.diag(expected))
+    for matrix in (dense(gram), lx.materialise(gram)):
+        assert isinstance(matrix, lx.MatrixLinearOperator)
+        assert lx.is_positive_semidefinite(matrix)
+        assert_close(matrix.as_matrix(), expected)
+    assert_close(lx.linearise(gram).mv(vector), expected @ vector)
+    assert_close(lx.conj(gram).mv(vector), expected @ vector)
+
+
+SOLVERS = {
+    "cholesky": lx.Cholesky(),
+    "auto": lx.AutoLinearSolver(well_posed=True),
+    "cg": lx.CG(rtol=1e-13, atol=1e-13),
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_linear_solve(name, gram, getkey):
+    solver = SOLVERS[name]
+    vector, weights = jax.random.normal(getkey(), (2, 11))
+    params, static = eqx.partition((gram, vector), eqx.is_inexact_array)
+
+    def solve(params):
+        gram, vector = eqx.combine(params, static)
+        return lx.linear_solve(gram, vector, solver).value
+
+    def direct(params):
+        gram, vector = eqx.combine(params, static)
+        return jnp.linalg.solve(gram.as_matrix(), vector)
+
+    both = lambda fn: jax.jit(jax.value_and_grad(lambda p: weights @ fn(p)))(params)
+    (value, gradient), (expected, truth) = both(solve), both(direct)
+    np.testing.assert_allclose(value, expected, rtol=1e-9)
+    assert_close(ravel_pytree(gradient)[0], ravel_pytree(truth)[0], 1e-9)
+
+
+#
+# Transformations
+#
+
+
+def test_jit_and_vmap(getkey):
+    blocks = _blocks_1d(getkey())
+    lengthscales = jnp.array([0.4, 0.7, 1.1])
+    offsets = jnp.array([0.0, 0.3, 0.5])
+    vector = jax.random.normal(getkey(), (11,))
+
+    def fn(lengthscale, offset):
+        kernels = {"u": unwrap(Matern(lengthscale))}
+        moved = [Block(b.points**2 + offset, b.coefficients, b.jets) for b in blocks]
+        return (
+            covariance(kernels, blocks, moved),
+            covariance_product(kernels, blocks, moved, vector),
+            variances(kernels, blocks),
+        )
+
+    batched = jax.jit(jax.vmap(fn))(lengthscales, offsets)
+    single = jax.jit(fn)
+    for i in range(3):
+        one = single(lengthscales[i], offsets[i])
+        for actual, expected in zip(batched, one):
+            assert_close(actual[i], expected, 1e-13)
+        moved = [
+            Block(b.points**2 + offsets[i], b.coefficients, b.jets) for b in blocks
+        ]
+        truth = oracle({"u": unwrap(Matern(lengthscales[i]))}, blocks, moved)
+        assert_close(one[0], truth)
+
+
+def test_precision_is_kept():
+    kernels = {"u": unwrap(Gaussian(jnp.array(0.6, jnp.float32)))}
+    points = jnp.array([[0.1], [0.5]], jnp.float32)
+    block = Block(points, jnp.ones((2, 1, 1), jnp.float32), jets(1, (0, 0)))
+    vector = jnp.ones(2, jnp.float32)
+    assert covariance(kernels, [block], [block]).dtype == jnp.float32
+    product = covariance_product(kernels, [block], [block], vector)
+    assert product.dtype == jnp.float32
+    assert variances(kernels, [block]).dtype == jnp.float32

@@ -1,0 +1,284 @@
+"""The outer problem, on a small one-dimensional one."""
+
+import equinox as eqx
+import eqx_bilevel as eb
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+
+
+def _exact(x):
+    return jnp.sin(3 * x[0]) + 0.3 * x[0]
+
+
+def _source(x):
+    second = jax.hessian(_exact)(x)[0, 0]
+    return -second + _exact(x) ** 3
+
+
+class Cubic(eqx.Module):
+    strength: eb.AbstractParameter | float = 1.0
+
+    def __call__(self, u, x):
+        return -u.laplacian + self.strength * u.value**3
+
+
+def _value(u, x):
+    return u.value
+
+
+interior = jnp.linspace(0.0, 2.0, 14)[1:-1, None]
+ends = jnp.array([[0.0], [2.0]])
+validation = jnp.linspace(0.05, 1.95, 16)[:, None]
+grid = jnp.linspace(0.0, 2.0, 50)[:, None]
+
+
+def _conditions(strength=1.0, nugget=1e-6):
+    pde = eb.Condition(Cubic(strength), interior, _source, nugget=nugget, name="pde")
+    return [pde, eb.Condition(_value, ends, _exact, nugget=nugget, name="ends")]
+
+
+def _prior(lengthscale=0.3):
+    return eb.GaussianProcess(eb.Gaussian(lengthscale))
+
+
+def _error(solution):
+    return jnp.max(jnp.abs(solution(grid) - jax.vmap(_exact)(grid)))
+
+
+def _objective_at(lengthscale, nugget=1e-6):
+    objective = eb.ValidationResidual(validation)
+    solution = eb.solve(_prior(lengthscale), _conditions(nugget=nugget))
+    return float(objective(solution))
+
+
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        None,
+        optx.LevenbergMarquardt(1e-4, 1e-8),
+        optx.BFGS(1e-4, 1e-8),
+        optax.adam(0.1),
+    ],
+    ids=["default", "levenberg_marquardt", "bfgs", "adam"],
+)
+@pytest.mark.parametrize("gradient", ["implicit", "frozen"])
+def test_finds_the_minimum(optimiser, gradient):
+    learned = eb.learn(
+        _prior(),
+        _conditions(),
+        eb.ValidationResidual(validation),
+        optimiser,
+        gradient=gradient,
+        steps=60,
+        scale_search=False,
+        patience=60,
+    )
+    found = float(learned.prior.kernel.lengthscale.value)
+    # The truth: a scan of the objective that `learn` does not see.
+    near = found * np.array([0.9, 0.95, 1.05, 1.1])
+    assert all(_objective_at(length) > learned.objective for length in near)
+    assert learned.objective < 1e-3 * _objective_at(0.3)
+    assert _error(learned.solution) < 0.2 * _error(
+        eb.solve(_prior(), _conditions(), throw=False)
+    )
+
+
+def test_history_and_best():
+    rows = []
+    learned = eb.learn(
+        _prior(),
+        _conditions(),
+        eb.ValidationResidual(validation),
+        steps=6,
+        scale_search=False,
+        verbose=rows.append,
+    )
+    history = learned.history
+    assert len(rows) == len(history["objective"]) <= 6
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    np.testing.assert_array_equal(
+        history["best"], np.minimum.accumulate(history["objective"])
+    )
+    # The solution is that of the best hyperparameters, solved anew to the tolerance.
+    np.testing.assert_allclose(learned.objective, history["best"][-1], rtol=1e-4)
+    again = eb.solve(learned.prior, learned.conditions)
+    np.testing.assert_allclose(again(grid), learned.solution(grid), atol=1e-8)
+    assert np.all(np.diff(history["seconds"]) > 0)
+
+
+def test_one_linearised_solve_for_each_step():
+    learned = eb.learn(
+        _prior(0.5),
+        _conditions(),
+        eb.ValidationResidual(validation),
+        optax.adam(0.05),
+        gradient="frozen",
+        max_inner_steps=1,
+        steps=50,
+        scale_search=False,
+    )
+    assert np.all(learned.history["inner_steps"] == 1)
+    # The final solve converges all the same.
+    assert learned.solution.result == eb.RESULTS.successful
+    assert learned.objective < 0.1 * _objective_at(0.5)
+
+
+def test_batches_are_reproducible_and_best_is_of_the_whole():
+    def run(key):
+        return eb.learn(
+            _prior(),
+            _conditions(),
+            eb.ValidationResidual(validation, batch_size=5),
+            optax.adam(0.1),
+            steps=15,
+            scale_search=False,
+            key=key,
+        )
+
+    one, same = run(jax.random.key(1)), run(jax.random.key(1))
+    other = run(jax.random.key(2))
+    np.testing.assert_array_equal(one.history["batch"], same.history["batch"])
+    assert np.any(one.history["batch"] != other.history["batch"])
+    # The whole objective where the first batch was used is known.
+    np.testing.assert_allclose(
+        one.history["objective"][0], _objective_at(0.3), rtol=1e-5
+    )
+    np.testing.assert_allclose(one.objective, min(one.history["objective"]), rtol=1e-4)
+
+
+def test_batch_is_unbiased():
+    objective = eb.ValidationResidual(validation, batch_size=4)
+    solution = eb.solve(_prior(), _conditions())
+    keys = jax.random.split(jax.random.key(0), 4000)
+    values = jax.vmap(lambda key: objective.batch(key)(solution))(keys)
+    deviation = jnp.std(values) / jnp.sqrt(len(keys))
+    assert jnp.abs(jnp.mean(values) - objective(solution)) < 4 * deviation
+
+
+def test_sums_of_objectives():
+    solution = eb.solve(_prior(), _conditions())
+    one = eb.ValidationResidual(validation)
+    two = eb.ValidationResidual(ends + 0.1, "ends")
+    total = one + 2.5 * two
+    np.testing.assert_allclose(total(solution), one(solution) + 2.5 * two(solution))
+    shifted = jax.vmap(_exact)(ends + 0.1)
+    by_hand = 0.5 * jnp.sum((solution(ends + 0.1) - shifted) ** 2)
+    np.testing.assert_allclose(two(solution), by_hand)
+
+
+class Fragile(eb.AbstractKernel):
+    # A kernel of a user, without a lengthscale of the usual kind, and that breaks.
+    log_rate: jax.Array
+
+    def __call__(self, x, y):
+        rate = jnp.exp(self.log_rate)
+        rate = jnp.where(rate > 2.0, jnp.nan, rate)
+        return jnp.exp(-rate * jnp.sum((x - y) ** 2))
+
+
+@pytest.mark.parametrize("optimiser", [optax.sgd(1e3), optax.adam(3.0)])
+def test_steps_that_are_not_finite_are_taken_back(optimiser):
+    # Too long lengthscales are bad here, so that steps overshoot to where it breaks.
+    prior = eb.GaussianProcess(Fragile(jnp.log(jnp.array(0.05))))
+    learned = eb.learn(
+        prior,
+        _conditions(),
+        eb.ValidationResidual(validation),
+        optimiser,
+        steps=30,
+        scale_search=False,
+    )
+    assert not np.all(learned.history["accepted"])
+    assert learned.history["accepted"][0]
+    assert learned.objective < 0.9 * learned.history["objective"][0]
+    assert jnp.isfinite(learned.prior.kernel.log_rate)
+
+
+def test_error_carries_what_there_is():
+    prior = eb.GaussianProcess(Fragile(jnp.log(jnp.array(10.0))))
+    arguments = (prior, _conditions(), eb.ValidationResidual(validation))
+    with pytest.raises(eb.LearningError, match="Nothing useful was learned") as error:
+        eb.learn(*arguments, optax.adam(1e-2), steps=5, scale_search=False)
+    assert isinstance(error.value.learned, eb.Learned)
+    learned = eb.learn(
+        *arguments, optax.adam(1e-2), steps=5, scale_search=False, throw=False
+    )
+    assert learned.solution.result != eb.RESULTS.successful
+
+
+@pytest.mark.parametrize("start", [0.01, 20.0])
+def test_scale_search(start):
+    learned = eb.learn(
+        _prior(start), _conditions(), eb.ValidationResidual(validation), steps=15
+    )
+    lengths, values = np.array(learned.scale_search).T
+    # From the distance of the points to the size of the domain.
+    np.testing.assert_allclose(lengths[[0, -1]], [2.0 / 14, 2.0], rtol=1e-6)
+    assert np.min(values) >= learned.objective
+    assert _error(learned.solution) < 1e-4
+
+
+def test_scale_search_without_lengthscale():
+    class Own(eb.AbstractKernel):
+        def __call__(self, x, y):
+            return jnp.exp(-0.5e4 * jnp.sum((x - y) ** 2))
+
+    learned = eb.learn(
+        eb.GaussianProcess(Own()),
+        _conditions(),
+        eb.ValidationResidual(validation),
+        steps=15,
+    )
+    assert isinstance(learned.prior.kernel, eb.Stretched)
+    assert _error(learned.solution) < 1e-4
+
+
+def test_frozen_stays_and_coefficients_are_learned():
+    # An inverse problem: the strength of the nonlinearity from values of the solution.
+    data = jnp.linspace(0.1, 1.9, 9)[:, None]
+    conditions = [
+        *_conditions(eb.Positive(0.5)),
+        eb.Condition(_value, data, _exact, noise=1e-3, name="data"),
+    ]
+    kernel = eb.Frozen(2.0) * eb.Gaussian(eb.Frozen(0.8))
+    learned = eb.learn(
+        eb.GaussianProcess(kernel),
+        conditions,
+        eb.ValidationResidual(validation, "data"),
+        scale_search=False,
+    )
+    assert eqx.tree_equal(learned.prior, eb.GaussianProcess(kernel))
+    strength = learned.conditions[0].operator.strength
+    assert isinstance(strength, eb.Positive)
+    np.testing.assert_allclose(strength.value, 1.0, atol=1e-2)
+    assert eqx.tree_equal(learned.conditions[0].points, interior)
+
+
+def test_compiles_once():
+    traced = []
+
+    def operator(u, x):
+        traced.append(None)
+        return -u.laplacian + u.value**3
+
+    def run(start, steps):
+        pde = eb.Condition(operator, interior, _source, name="pde")
+        conditions = [pde, eb.Condition(_value, ends, _exact)]
+        before = len(traced)
+        eb.learn(
+            _prior(start),
+            conditions,
+            eb.ValidationResidual(validation),
+            steps=steps,
+            patience=100,
+        )
+        return len(traced) - before
+
+    first = run(0.3, 4)
+    # Later calls look at the operator once more, to check it, and compile nothing; nor
+    # does a further step.
+    assert run(0.7, 4) == run(0.2, 9) < first / 5

@@ -1,0 +1,372 @@
+import functools as ft
+
+import equinox as eqx
+import eqx_bilevel as eb
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+
+from .helpers import (
+    additive,
+    Arctan,
+    burgers,
+    coupled,
+    Eikonal,
+    eikonal,
+    mild,
+    Oracle,
+    pendulum,
+    relative_error,
+    strong,
+    truth_of,
+    value,
+)
+
+
+examples = dict(
+    mild=mild,
+    strong=strong,
+    additive=additive,
+    burgers=burgers,
+    pendulum=pendulum,
+    coupled=coupled,
+    eikonal=eikonal,
+)
+tight = eb.GaussNewton(rtol=1e-12, atol=1e-12)
+names = pytest.mark.parametrize("name", examples)
+
+
+@ft.cache
+def solved(name: str):
+    example = examples[name]
+    return eb.solve(*example.make(example.theta), tight), *truth_of(name)
+
+
+# The library's rows are sorted, those here are in the order of the conditions.
+def in_order(solution, vector):
+    parts, start = {}, 0
+    for rows in solution._problem.rows:
+        stop = start + rows.target.size
+        parts[rows.name] = vector[start:stop]
+        start = stop
+    default = [f"conditions[{i}]" for i in range(len(solution.conditions))]
+    order = [c.name or d for c, d in zip(solution.conditions, default)]
+    return jnp.concatenate([parts[name] for name in order])
+
+
+class Everything(eqx.Module):
+    # All that is in the oracle's jets.
+    axes: tuple = eqx.field(static=True)
+
+    def __call__(self, u, x):
+        jets = u if isinstance(u, dict) else {"": u}
+        return [jets[k].d(*axes) for k, each in self.axes for axes in each]
+
+
+@eqx.filter_jit
+def predicted(oracle, stated, y, w, operators):
+    return [oracle.predict(stated, y, w, operator) for operator in operators]
+
+
+@names
+def test_solution(name):
+    solution, oracle, stated, y, w = solved(name)
+    assert solution.result == eb.RESULTS.successful
+    # Away from the points: values, derivatives, operators.
+    x = examples[name].validation
+    operators = [Everything(oracle.jets)] + [c.operator for c in oracle.conditions]
+    truths = predicted(oracle, stated, y, w, operators)
+    for operator, truth in zip(operators, truths):
+        pairs = zip(
+            jax.tree.leaves(solution.apply(operator, x)), jax.tree.leaves(truth)
+        )
+        assert all(relative_error(found, known) < 1e-8 for found, known in pairs)
+    # Other ways to ask.
+    names = [k for k, _ in oracle.jets]
+    all_of = lambda found: found if isinstance(found, dict) else {"": found}
+    pairs = [(k, axes) for k, each in oracle.jets for axes in each]
+    for (k, axes), truth in zip(pairs, truths[0]):
+        if all(axes in dict(oracle.jets)[other] for other in names):
+            found = all_of(solution.d(*axes)(x))[k]
+            assert relative_error(found, truth) < 1e-8
+        if axes == ():
+            assert relative_error(all_of(solution(x))[k], truth) < 1e-8
+            assert relative_error(all_of(solution(x[0]))[k], truth[0]) < 1e-7
+
+
+@names
+def test_weights_and_statistics(name):
+    solution, oracle, stated, y, w = solved(name)
+    assert relative_error(in_order(solution, solution.weights), w) < 1e-7
+    assert (
+        relative_error(solution.stats["objective"], oracle.objective(stated, y, w))
+        < 1e-9
+    )
+    assert (
+        relative_error(solution.stats["rkhs_norm"], oracle.rkhs_norm(stated, y, w))
+        < 1e-9
+    )
+    misfit = oracle.misfit(y)
+    root_mean_square = jnp.sqrt(jnp.mean(misfit**2))
+    assert relative_error(solution.stats["residual_norm"], root_mean_square) < 1e-7
+    found = solution.residuals()
+    found = jnp.concatenate([found[k].reshape(-1) for k in found])
+    assert relative_error(in_order(solution, found), misfit) < 1e-6
+
+
+@names
+def test_spectrum(name):
+    solution, oracle, stated, y, _ = solved(name)
+    step = lambda y: oracle.linearised(stated, y)[0]
+    eigenvalues = jnp.linalg.eigvals(jax.jit(jax.jacfwd(step))(y))
+    scale = jnp.max(jnp.abs(eigenvalues))
+    assert jnp.max(jnp.abs(eigenvalues.imag)) < 1e-6 * scale
+    smallest, largest = solution.spectrum()
+    assert abs(smallest - jnp.min(eigenvalues.real)) < 1e-4 * scale
+    assert abs(largest - jnp.max(eigenvalues.real)) < 1e-4 * scale
+    assert relative_error(solution.spectral_radius(), scale) < 1e-4
+
+
+def test_the_strong_problems_are_strong():
+    for name in ("strong", "additive", "burgers", "pendulum"):
+        assert 0.3 < solved(name)[0].spectral_radius() < 0.95
+    assert solved("mild")[0].spectral_radius() < 0.05
+
+
+@names
+def test_condition_number(name):
+    solution, oracle, stated, y, _ = solved(name)
+    jacobian = jax.jacfwd(oracle.misfit)(y)
+    matrix = jacobian @ stated.gram @ jacobian.T + jnp.diag(stated.gamma)
+    scale = jnp.sqrt(jnp.diagonal(matrix))
+    truth = jnp.linalg.cond(matrix / jnp.outer(scale, scale))
+    assert truth / 2 < solution.condition_number() < 1.01 * truth
+
+
+#
+# Linear problems
+#
+
+
+def kriging(length, targets, points, x, noise):
+    # Observations of u'' - 2 u + 0.5, with a Gaussian kernel written out.
+    def kernel(a, b):
+        s = (a - b) / length
+        k = jnp.exp(-0.5 * s**2)
+        second = (s**2 - 1) / length**2 * k
+        fourth = (s**4 - 6 * s**2 + 3) / length**4 * k
+        return k, second, fourth
+
+    pairs = lambda a, b: kernel(a[:, None], b[None, :])
+    k, second, fourth = pairs(points, points)
+    gram = fourth - 4 * second + 4 * k + noise**2 * jnp.eye(len(points))
+    # The prior mean is 0.3.
+    w = jnp.linalg.solve(gram, targets - 0.5 + 0.6)
+    k, second, _ = pairs(x, points)
+    rows = second - 2 * k
+    inverse = jnp.linalg.solve(gram, rows.T)
+    variance = 1 - jnp.sum(rows * inverse.T, axis=1)
+    return 0.3 + rows @ w, jnp.sqrt(variance)
+
+
+def affine(u, x):
+    return u.d(0, 0) - 2 * u.value + 0.5
+
+
+def linear_problem(length, targets, points, x, noise, adjoint=eb.FixedPointAdjoint()):
+    condition = eb.Condition(affine, points[:, None], targets, noise=noise)
+    prior = eb.GaussianProcess(eb.Gaussian(length), 0.3)
+    solution = eb.solve(prior, [condition], adjoint=adjoint)
+    return solution(x[:, None]), solution.std(x[:, None]), solution.stats["num_steps"]
+
+
+def test_linear():
+    points, x = jnp.linspace(0.0, 1.0, 9), jnp.linspace(0.02, 0.9, 5)
+    args = (jnp.asarray(0.3), jnp.sin(7 * points), points, x, jnp.asarray(0.1))
+    mean, std, num_steps = linear_problem(*args)
+    known_mean, known_std = kriging(*args)
+    assert num_steps == 1
+    assert relative_error(mean, known_mean) < 1e-11
+    assert relative_error(std, known_std) < 1e-9
+
+    def loss(fn):
+        def total(*args):
+            mean, std, *_ = fn(*args)
+            return jnp.sum(jnp.sin(mean)) + jnp.sum(std**2)
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3, 4)))(*args)
+
+    truth = loss(kriging)
+    # With linear conditions the frozen gradient is exact.
+    for adjoint in (eb.FixedPointAdjoint(), eb.FrozenAdjoint()):
+        found = loss(ft.partial(linear_problem, adjoint=adjoint))
+        for value, known in zip(found, truth):
+            assert relative_error(value, known) < 1e-9
+
+
+#
+# The way to the solution
+#
+
+
+def arctan_problem(mean, noise):
+    x = jnp.linspace(0.0, 1.0, 8)[:, None]
+    condition = eb.Condition(Arctan(), x, jnp.cos(3 * x[:, 0]), noise=noise)
+    prior = eb.GaussianProcess(eb.Gaussian(jnp.asarray(0.2)), mean)
+    return prior, [condition]
+
+
+@pytest.mark.parametrize("mean, noise", [(1.0, 0.1), (1.0, 0.01), (2.0, 0.01)])
+def test_globalisation(mean, noise):
+    problem = arctan_problem(jnp.asarray(mean), jnp.asarray(noise))
+    oracle = Oracle(*problem, {"": ((),)})
+    stated = oracle.stated()
+    # Full steps lead nowhere, not in a hundred of them.
+    step = lambda y, _: (oracle.linearised(stated, y)[0],) * 2
+    _, steps = jax.jit(lambda y: jax.lax.scan(step, y, length=100))(stated.mean)
+    assert jnp.max(jnp.abs(steps[-1] - steps[-2])) > 0.1
+    solution = eb.solve(*problem, tight)
+    assert solution.result == eb.RESULTS.successful
+    # The gradient of the objective (1), in the space of the kernel, is zero.
+    y = solution(oracle.points)
+    gradient, _ = oracle.optimality(stated, y, -oracle.misfit(y) / stated.gamma)
+    assert jnp.max(jnp.abs(gradient)) < 1e-7 * jnp.max(jnp.abs(y))
+    # And the undamped steps would stay there.
+    assert jnp.max(jnp.abs(oracle.linearised(stated, y)[0] - y)) < 1e-9
+
+
+def test_warm_start():
+    solution = solved("strong")[0]
+    theta = {**strong.theta, "strength": jnp.asarray(4.01)}
+    problem = strong.make(theta)
+    cold = eb.solve(*problem)
+    for initial in (solution, Before(solution)):
+        warm = eb.solve(*problem, initial=initial)
+        assert warm.stats["num_steps"] < cold.stats["num_steps"]
+        x = strong.validation
+        assert relative_error(warm(x), cold(x)) < 1e-6
+    # From the solution itself.
+    again = eb.solve(*strong.make(strong.theta), initial=solution)
+    assert again.stats["num_steps"] == 1
+
+
+class Before(eqx.Module):
+    # A previous solution, as a function of which the solver knows nothing.
+    solution: eb.Solution
+
+    def __call__(self, x):
+        return self.solution(x)
+
+
+def test_max_steps():
+    problem = strong.make(strong.theta)
+    solution = eb.solve(*problem, tight, max_steps=3, throw=False)
+    assert solution.result == eb.RESULTS.nonlinear_max_steps_reached
+    assert solution.stats["num_steps"] == 3
+    assert solution.stats["max_steps"] == 3
+    assert jnp.all(jnp.isfinite(solution.weights))
+    with pytest.raises(RuntimeError, match="maximum number of steps"):
+        eb.solve(*problem, tight, max_steps=3)
+
+
+@pytest.mark.parametrize(
+    "linear_solver", [lx.Cholesky(), lx.CG(rtol=1e-13, atol=1e-13, max_steps=500)]
+)
+def test_linear_solvers(linear_solver):
+    # `test_gradients` has the derivatives.
+    solver = eb.GaussNewton(1e-10, 1e-10, linear_solver=linear_solver)
+    solution = eb.solve(*strong.make(strong.theta), solver)
+    found = solution(strong.validation)
+    (truth,) = predicted(*truth_of("strong"), [value])
+    assert relative_error(found, truth) < 1e-7
+
+
+#
+# Noise, nugget and weight
+#
+
+
+def observe(x, **kwargs):
+    prior = eb.GaussianProcess(eb.Gaussian(0.3))
+    points = jnp.linspace(0.0, 1.0, 6)[:, None]
+    operator = lambda u, x: u.value + u.value**2 / 5 + u.d(0) / 9
+    targets = jnp.cos(3 * points[:, 0])
+    condition = eb.Condition(operator, points, targets, **kwargs)
+    return eb.solve(prior, [condition], tight)(x)
+
+
+def test_noise_and_weight():
+    x = jnp.linspace(0.05, 0.9, 7)[:, None]
+    weighted = observe(x, noise=0.6, weight=9.0)
+    assert relative_error(weighted, observe(x, noise=0.2)) < 1e-11
+    assert relative_error(weighted, observe(x, noise=0.6)) > 1e-2
+    weighted = observe(x, nugget=0.9, weight=9.0)
+    assert relative_error(weighted, observe(x, nugget=0.1)) < 1e-11
+    # At the prior mean, zero, the operator is u + u' / 9, of variance 1 + 1 / 81 / 0.09.
+    absolute = (0.1 * (1 + 1 / 81 / 0.09)) ** 0.5
+    assert relative_error(weighted, observe(x, noise=absolute)) < 1e-11
+    # At u = x, it is (1 + 2 x / 5) u + u' / 9.
+    points = jnp.linspace(0.0, 1.0, 6)
+    mean_square = jnp.mean((1 + 2 * points / 5) ** 2)
+    absolute = (0.1 * (mean_square + 1 / 81 / 0.09)) ** 0.5
+    referred = observe(x, nugget=0.1, reference=lambda x: x[0])
+    assert relative_error(referred, observe(x, noise=float(absolute))) < 1e-11
+    assert relative_error(referred, weighted) > 1e-3
+
+
+def test_nugget_is_not_relative_to_the_start():
+    solution = solved("eikonal")[0]
+    assert eikonal.make(eikonal.theta)[1][0].nugget is not None
+    other = eb.solve(
+        *eikonal.make(eikonal.theta), tight, initial=lambda x: 2 * x[0] + x[1]
+    )
+    x = eikonal.validation
+    assert relative_error(other(x), solution(x)) < 1e-9
+    assert relative_error(other.stats["objective"], solution.stats["objective"]) < 1e-9
+
+
+def smooth(length, num_points):
+    # u'' + u^3 = f.
+    points = jnp.linspace(0.0, 1.0, num_points)[:, None]
+    ends = jnp.asarray([[0.0], [1.0]])
+    u = lambda x: jnp.sin(2 * x[0])
+    f = lambda x: -4 * u(x) + u(x) ** 3
+    ode = eb.Condition(lambda u, x: u.d(0, 0) + u.value**3, points, f)
+    data = eb.Condition(value, ends, u)
+    prior = eb.GaussianProcess(eb.Gaussian(length))
+    x = jnp.linspace(0.01, 0.98, 9)[:, None]
+    solution = eb.solve(prior, [ode, data])
+    return solution, relative_error(solution(x), jax.vmap(u)(x))
+
+
+def test_automatic_nugget():
+    eps = float(jnp.finfo(jnp.float64).eps)
+    solution, error = smooth(0.3, 10)
+    assert jnp.allclose(solution.stats["jitter"], 0.5 * 12 * eps, rtol=1e-12, atol=0)
+    assert error < 1e-5
+    # It is part of the problem that is solved.
+    axes = {"": ((), (0, 0))}
+    oracle = Oracle(
+        solution.prior, solution.conditions, axes, jitter=solution.stats["jitter"]
+    )
+    w = in_order(solution, solution.weights)
+    misfit = in_order(
+        solution,
+        jnp.concatenate([r.reshape(-1) for r in solution.residuals().values()]),
+    )
+    assert jnp.max(jnp.abs(misfit + oracle.stated().gamma * w)) < 1e-9
+
+
+def test_automatic_nugget_is_raised():
+    solution, error = smooth(3.0, 40)
+    smallest = 0.5 * 42 * float(jnp.finfo(jnp.float64).eps)
+    assert solution.stats["jitter"] > 5 * smallest
+    assert solution.stats["jitter"] < 1e-4
+    assert jnp.max(jnp.abs(solution.residuals()["conditions[0]"])) < 1e-3
+    assert error < 1e-4
+
+
+def test_no_jitter_where_it_is_not_needed():
+    assert solved("mild")[0].stats["jitter"] == 0
