@@ -1,3 +1,4 @@
+import functools as ft
 import types
 from typing import Any
 
@@ -42,8 +43,18 @@ class _Function(eqx.Module):
         return function(*args, **kwargs)
 
 
-# Of these a function may rely on the very object that it closes over.
+# Of these a function may rely on the very object that it closes over, unless there are
+# arrays inside: then it is data.
 _MUTABLE = (list, dict, set, bytearray)
+
+
+def _is_opaque(x) -> bool:
+    try:
+        leaves = jtu.tree_leaves(x)
+    except (TypeError, ValueError):  # A dictionary with keys that cannot be sorted.
+        return True
+    has_arrays = any(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+    return isinstance(x, _MUTABLE) and not has_arrays
 
 
 def _as_jax(x):
@@ -63,6 +74,8 @@ def function_as_pytree(fn: Any) -> Any:
     # even if it has the same code; and arrays that it closes over are invisible to
     # whatever differentiates the function's owner as a pytree. Both are cured by making
     # the closure a pytree. Anything that is not a plain function is returned unchanged.
+    if isinstance(fn, ft.partial):
+        return eqx.Partial(_convert(fn.func, ()), *fn.args, **fn.keywords)
     return _convert(fn, ())
 
 
@@ -76,7 +89,7 @@ def _convert(fn, inside: tuple):
         return fn
     if any(c is f for c in contents for f in inside):  # Recursive functions.
         return fn
-    if any(isinstance(c, _MUTABLE) for c in contents):
+    if any(map(_is_opaque, contents)):
         return fn
     convert = lambda x: _as_jax(_convert(x, inside))
     is_leaf = lambda x: isinstance(x, types.FunctionType)

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from ._kernels import AbstractKernel
@@ -52,7 +53,9 @@ def _number(x: Any, name: str, zero: bool) -> Any:
     x = _inexact(x, name)
     if x.ndim != 0:
         raise ValueError(f"`{name}` must be a scalar, got shape {x.shape}.")
-    if is_concrete(x) and not (0 < x < jnp.inf or (zero and x == 0)):
+    # By NumPy, since under a trace JAX operations on concrete arrays are traced.
+    value = np.asarray(x) if is_concrete(x) else None
+    if value is not None and not (0 < value < np.inf or (zero and value == 0)):
         kind = "non-negative" if zero else "positive"
         raise ValueError(f"`{name}` must be a finite {kind} number, got {x}.")
     return x

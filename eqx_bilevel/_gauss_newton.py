@@ -237,7 +237,10 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
         # No step decreases the objective: this is as far as rounding allows.
         converged = converged | (stuck & (change < _NEARLY))
         # Otherwise try again with more jitter.
-        jitter = jnp.maximum(10 * state.jitter, smallest_nugget(problem))
+        smallest = smallest_nugget(problem)
+        # In small steps at first, since accuracy is in proportion.
+        factor = jnp.where(state.jitter < 10 * smallest, 4, 10).astype(y.dtype)
+        jitter = jnp.maximum(factor * state.jitter, smallest)
         too_much = jnp.invert(new.usable) & (jitter > largest_nugget(problem))
         solved = _GaussNewtonState(
             proposal=proposal,
@@ -310,9 +313,8 @@ GaussNewton.__init__.__doc__ = """**Arguments:**
 
 
 def smallest_nugget(problem: Problem) -> float:
-    # Around this, relative to the diagonal, a factorisation begins to fail from
-    # rounding.
-    return 0.5 * problem.size * float(jnp.finfo(problem.dtype).eps)
+    # Around this, relative to the diagonal, factorisations fail from rounding.
+    return 0.125 * problem.size * float(jnp.finfo(problem.dtype).eps)
 
 
 def largest_nugget(problem: Problem) -> float:

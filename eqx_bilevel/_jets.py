@@ -145,7 +145,7 @@ def residual(
     return _ravel(evaluate(operator, unknowns, jets, values, x), x.dtype)
 
 
-def trace(operator: Callable, unknowns: Unknowns, dim: int, dtype, name: str) -> Trace:
+def trace(operator: Any, unknowns: Unknowns, dim: int, dtype, name: str) -> Trace:
     # `name` is the condition's, for messages.
     if not callable(operator):
         raise ValueError(
@@ -217,7 +217,7 @@ def _nonlinear(operator, unknowns, jets, point) -> tuple[int, ...]:
 
 
 # Primitives that just call their `jaxpr` on their operands.
-_CALLS = ("jit", "pjit", "closed_call", "remat", "checkpoint")
+_CALLS = ("jit", "pjit", "closed_call", "remat", "remat2", "checkpoint")
 # Those whose derivative may be zero although they are not constant. So are all that
 # return integers or booleans.
 _JUMPS = ("sign", "floor", "ceil", "round", "stop_gradient", "cond", "scan", "while")

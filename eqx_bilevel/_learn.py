@@ -125,13 +125,13 @@ def learn(
     - `steps`: The largest number of steps.
     - `scale_search`: Whether to first try a few common factors of all lengthscales; or
         how many. They are spread between the distance of the points and the size of the
-        domain.
+        domain, and four more are tried around the best of them.
     - `solver`: The inner solver.
     - `max_inner_steps`: The largest number of Gauss-Newton steps for each outer step.
         With `gradient="frozen"` and `max_inner_steps=1`, each outer step costs one
         linearised solve.
     - `rtol`, `patience`: Stop if the objective has not decreased by this factor in that
-        many steps. Default: 5 steps for Optimistix, 200 for Optax.
+        many accepted steps. Default: 3 steps for Optimistix, 200 for Optax.
     - `key`: A JAX random key, for objectives with batches.
     - `verbose`: Whether to print one line for each step; or a function that is called
         with a dictionary, whose entries are those of `history`, and `step`.
@@ -158,8 +158,9 @@ def learn(
         raise ValueError("`key` is needed, since the objective uses random batches.")
     task = Task(None, objective, solver, adjoint, max_inner_steps)
     # The search may give a kernel a scale that it had not.
-    searched = rescaled(prior, jnp.array(1.0)) if scale_search else prior
-    optimiser = _optimiser(optimiser, _separate(searched, conditions, task)[0])
+    scaled = rescaled(prior, jnp.array(1.0)) if scale_search else prior
+    learned_at_all, _ = _separate(scaled, conditions, task)
+    optimiser = _optimiser(optimiser, learned_at_all, bool(scale_search))
     record = _Record(verbose)
     tried: list[tuple[float, float]] = []
     if scale_search:
@@ -172,7 +173,7 @@ def learn(
         patience = 200 if patience is None else patience
     else:
         run = _run_optimistix(optimiser, theta, task, steps)
-        patience = 5 if patience is None else patience
+        patience = 3 if patience is None else patience
     converged = _follow(run, record, rtol, patience)
     learned = _finish(theta, _thorough(task), record, converged, tried)
     failed = learned.solution.result != RESULTS.successful
@@ -193,7 +194,7 @@ def _adjoint(gradient: str) -> optx.AbstractAdjoint:
     return adjoints[gradient]
 
 
-def _optimiser(optimiser, theta) -> _Optimiser:
+def _optimiser(optimiser, theta, searched: bool) -> _Optimiser:
     size = sum(x.size for x in jax.tree.leaves(theta))
     if size == 0:
         raise ValueError(
@@ -202,7 +203,9 @@ def _optimiser(optimiser, theta) -> _Optimiser:
         )
     if optimiser is None:
         few = size <= 20
-        return BoundedBFGS(1e-3, 1e-3) if few else optax.adam(1e-3)
+        # After a search the first step, whose length is not known, should be short.
+        bfgs = BoundedBFGS(1e-3, 1e-3, max_length=0.1 if searched else 0.7)
+        return bfgs if few else optax.adam(1e-3)
     if not isinstance(optimiser, _Optimiser):
         raise ValueError(
             "`optimiser` must be an Optax optimiser, or an Optimistix least-squares "
@@ -233,6 +236,10 @@ def _separate(prior, conditions, task: Task) -> tuple[PyTree, Task]:
 #
 # The loop
 #
+
+
+# After as many steps in a row that were not accepted, a further one will not help.
+_MOST_REJECTED = 10
 
 
 class _Record:
@@ -270,9 +277,12 @@ class _Record:
             )
 
     def stalled(self, rtol: float, patience: int) -> bool:
-        if len(self.rows) <= patience:
-            return False
-        return self.best >= (1 - rtol) * self.rows[-1 - patience]["best"]
+        # Steps that were not accepted are shortened, and say little.
+        rejected = [row["accepted"] for row in self.rows[-_MOST_REJECTED:]]
+        if len(rejected) == _MOST_REJECTED and not any(rejected):
+            return True
+        best = [row["best"] for row in self.rows if row["accepted"]]
+        return len(best) > patience and best[-1] >= (1 - rtol) * best[-1 - patience]
 
     def history(self) -> dict[str, np.ndarray]:
         names = self.rows[0] if self.rows else ()
@@ -328,15 +338,18 @@ def _run_optimistix(optimiser, theta, task, steps):
     start = cold_start(theta, task)
     vector, _ = ravel_pytree(theta)
     state, done = optimistix_init(optimiser, theta, task, start), False
+    last = np.nan
     for _ in range(steps):
         step = _attempt(optimistix_step, optimiser, state, vector, theta, task, start)
         if step is None:
             return
-        ok = bool(jnp.isfinite(step.outcome.objective))
+        objective = float(step.outcome.objective)
+        # If the step was rejected then this is what it was before.
+        ok = np.isfinite(objective) and objective != last
         # After the last step, one more tells how good its result is.
-        yield step.outcome, float(step.outcome.objective), ok, done
+        yield step.outcome, objective, ok, done
         vector, state, done = step.vector, step.state, bool(step.done)
-        start = _warm(step.outcome) if ok else start
+        start, last = (_warm(step.outcome), objective) if ok else (start, last)
 
 
 def _search(prior, conditions, task: Task, num: int):

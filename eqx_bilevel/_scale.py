@@ -59,15 +59,24 @@ def search_scale(
     value: Callable[[Any], float],
     num: int,
 ) -> tuple[Any, list[tuple[float, float]]]:
-    # Returns the rescaled prior with the smallest value, and all (length, value) tried.
+    # Returns the rescaled prior with the smallest value, and all (length, value) tried:
+    # first on a coarse grid, then on a finer one around its best point, since valleys
+    # can be narrower than what is between two points of the first.
     points = jnp.concatenate([c.points for c in conditions])
     typical = _typical_length(prior, points)
-    best, least, tried = prior, np.inf, []
-    for length in scales(conditions, num):
+    tried: list[tuple[float, float]] = []
+
+    def at(length):
         factor = jnp.asarray(length, points.dtype) / typical
-        candidate = rescaled(prior, jnp.where(jnp.isfinite(factor), factor, 1.0))
-        objective = value(candidate)
-        tried.append((float(length), objective))
-        if objective < least:
-            best, least = candidate, objective
-    return best, tried
+        return rescaled(prior, jnp.where(jnp.isfinite(factor), factor, 1.0))
+
+    def attempt(lengths):
+        tried.extend((float(length), value(at(length))) for length in lengths)
+        return min(tried, key=lambda pair: pair[1])
+
+    coarse = scales(conditions, num)
+    best, least = attempt(coarse)
+    if num > 1 and np.isfinite(least):
+        ratio = coarse[1] / coarse[0]
+        best, least = attempt(best * ratio ** np.array([-0.5, -0.25, 0.25, 0.5]))
+    return (at(best) if np.isfinite(least) else prior), tried

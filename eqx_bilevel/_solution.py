@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from ._closure import function_as_pytree
 from ._condition import Condition, GaussianProcess
@@ -70,7 +70,7 @@ class Solution(eqx.Module):
     _factor: PyTree
     _linear_solver: lx.AbstractLinearSolver
 
-    def __call__(self, x: Float[Array, "*n d"]) -> PyTree[Float[Array, "*n"]]:
+    def __call__(self, x: Float[ArrayLike, "*n d"]) -> PyTree[Float[Array, "*n"]]:
         """Evaluates the solution at one or many points."""
         return self.d()(x)
 
@@ -80,7 +80,7 @@ class Solution(eqx.Module):
         """
         return lambda x: self.apply(lambda u, x: _each(u, lambda jet: jet.d(*axes)), x)
 
-    def apply(self, operator: Callable, x: Float[Array, "*n d"]) -> PyTree[Array]:
+    def apply(self, operator: Callable, x: Float[ArrayLike, "*n d"]) -> PyTree[Array]:
         """Applies an operator to the solution.
 
         **Arguments:**
@@ -97,7 +97,7 @@ class Solution(eqx.Module):
         return jax.tree.map(lambda leaf: leaf[0], out) if single else out
 
     def std(
-        self, x: Float[Array, "*n d"], operator: Callable | None = None
+        self, x: Float[ArrayLike, "*n d"], operator: Callable | None = None
     ) -> PyTree[Float[Array, "*n"]]:
         """Posterior standard deviations at one or many points, of the conditions
         linearised at the solution and for these hyperparameters.
@@ -116,7 +116,7 @@ class Solution(eqx.Module):
 
     def sample(
         self,
-        x: Float[Array, "n d"],
+        x: Float[ArrayLike, "n d"],
         *,
         key: PRNGKeyArray,
         num_samples: int = 1,

@@ -97,7 +97,8 @@ def _root(covariance: Float[Array, "P P"]) -> Float[Array, "P P"]:
     # chooses a basis, in which the covariance is the identity up to its derivative.
     values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(covariance))
     kept = values > 10 * jnp.finfo(values.dtype).eps * values[-1]
-    basis = jnp.where(kept, vectors / jnp.sqrt(jnp.where(kept, values, 1.0)), 0.0)
+    scale = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1.0)), 0.0)
+    basis = vectors * scale[None, :]
     inner = basis.T @ covariance @ basis + jnp.diag(jnp.where(kept, 0.0, 1.0))
     triangular = jnp.linalg.cholesky(0.5 * (inner + inner.T))
     mapped = (covariance @ basis).T

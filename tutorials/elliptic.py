@@ -1,11 +1,8 @@
 """Learns the kernel of a nonlinear elliptic equation, from good and bad starts.
 
 On the unit square, with u = 0 on its boundary, this solves first -Lap u = f and then
--Lap u + u^3 = f. In both, f is such that the solution is known.
-
-    python tutorials/elliptic.py
-
-takes a few minutes, and leaves a picture in `elliptic.png`.
+-Lap u + u^3 = f. In both, f is such that the solution is known. It takes a few minutes,
+and leaves a picture in `elliptic.png`.
 """
 
 import argparse
@@ -17,8 +14,7 @@ import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
 import matplotlib
-import scipy.sparse
-import scipy.sparse.linalg
+from scipy.sparse.linalg import LaplacianNd, spsolve
 
 
 matplotlib.use("Agg")
@@ -27,11 +23,6 @@ import matplotlib.pyplot as plt
 
 # Gram matrices of differential operators need double precision.
 jax.config.update("jax_enable_x64", True)
-
-
-#
-# The equations
-#
 
 
 def poisson(u, x):
@@ -68,20 +59,12 @@ def errors(values, points):
     return jnp.max(jnp.abs(difference)), jnp.sqrt(jnp.mean(difference**2))
 
 
-#
-# A linear equation and a fixed kernel
-#
-
-
+# A linear equation and a fixed kernel; and, to compare, the five-point stencil.
 def finite_differences(n):
-    # The five-point stencil on n x n nodes inside the square.
-    second = scipy.sparse.diags_array(
-        [-1.0, 2.0, -1.0], offsets=[-1, 0, 1], shape=(n, n)
-    )
-    laplacian = scipy.sparse.kronsum(second, second) * (n + 1) ** 2
+    stencil = LaplacianNd((n, n), boundary_conditions="dirichlet")
     nodes = square.interior(n, method="grid")
-    source = jax.vmap(poisson_source)(nodes)
-    return scipy.sparse.linalg.spsolve(laplacian.tocsc(), source), nodes
+    source = jax.vmap(poisson_source)(nodes) / (n + 1) ** 2
+    return spsolve(-stencil.tosparse().tocsc().astype(float), source), nodes
 
 
 def baseline(interior, boundary):
@@ -102,11 +85,7 @@ def baseline(interior, boundary):
         print(f"  {name:<42} {largest:10.1e} {rms:10.1e}")
 
 
-#
-# A nonlinear equation and a learned kernel
-#
-
-
+# A nonlinear equation and a learned kernel.
 def learn(start, scale_search, conditions, objective):
     label = f"  start {start:g}, {'with' if scale_search else 'without'} scale search"
 
@@ -146,7 +125,7 @@ published = {
 
 
 def print_table(runs):
-    print(f"\n{'without scale search':^55}{'with scale search':^49}published")
+    print(f"\n{'':6}{'without scale search':^47}{'with scale search':^47}published")
     header = "lengthscale steps max error RMS error      s   "
     print(f"start {2 * header}max error")
     for start in dict.fromkeys(start for start, _ in runs):
@@ -163,35 +142,31 @@ def print_table(runs):
 
 
 def draw(runs, path):
-    best, _ = min(runs.values(), key=lambda run: float(run[0].objective))
-    found = best.solution(test_points)
+    *_, (last, _) = runs.values()
+    found = last.solution(test_points)
     error = jnp.abs(found - jax.vmap(exact)(test_points))
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(14, 4), layout="constrained", width_ratios=[1, 1, 1.25]
-    )
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for axes, values, title, colours, norm in (
-        (left, found, "Learned solution", "RdBu_r", "linear"),
-        (middle, error, "Absolute error", "magma", "log"),
+        (panels[0], found, "Learned solution", "RdBu_r", "linear"),
+        (panels[1], error, "Absolute error", "magma", "log"),
     ):
-        image = values.reshape(60, 60).T  # Rows are y.
-        style = dict(cmap=colours, norm=norm, origin="lower", extent=(0, 1, 0, 1))
-        figure.colorbar(axes.imshow(image, **style), ax=axes)
-        axes.set(title=title, xlabel="$x$", ylabel="$y$")
-        axes.set(xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
-    shades = plt.get_cmap("viridis")(jnp.linspace(0, 0.95, len(runs) // 2))
-    for i, ((start, scale_search), (learned, _)) in enumerate(runs.items()):
+        x, y = test_points.T.reshape(2, 60, 60)
+        style = dict(cmap=colours, norm=norm, shading="gouraud")
+        image = axes.pcolormesh(x, y, values.reshape(60, 60), **style)
+        figure.colorbar(image, ax=axes)
+        axes.set(title=title, xlabel="$x$", ylabel="$y$", aspect="equal")
+    shades = iter(plt.get_cmap("viridis")(jnp.linspace(0, 0.95, len(runs) // 2)))
+    for (start, scale_search), (learned, _) in runs.items():
+        if scale_search:  # These coincide: they do not depend on the start.
+            style = dict(color="black", linestyle="--", label="scale search")
+        else:
+            style = dict(color=next(shades), label=f"from {start:g}")
         objective = learned.history["best"]
-        style = dict(color="black", linestyle="--", zorder=3)
-        if not scale_search:
-            style = dict(color=shades[i], label=f"from {start:g}")
-        elif i + 1 == len(runs):
-            style |= dict(label="scale search")
-        steps = range(1, len(objective) + 1)
-        right.semilogy(steps, objective, marker=".", **style)
-    right.set(title="Learning the lengthscale", xlabel="step")
-    right.set_ylabel("validation objective")
-    right.grid(alpha=0.3)
-    right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        panels[2].semilogy(range(1, len(objective) + 1), objective, marker=".", **style)
+    handles = {line.get_label(): line for line in panels[2].lines}.values()
+    panels[2].legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1))
+    panels[2].set(title="Learning", xlabel="step", ylabel="validation objective")
+    panels[2].xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=150)
 
 

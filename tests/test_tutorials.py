@@ -1,0 +1,55 @@
+"""The tutorials run, say what they found, and find it."""
+
+import pathlib
+import runpy
+
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+
+
+tutorials = pathlib.Path(__file__).parents[1] / "tutorials"
+
+
+def _modes(k, x, y):
+    return np.sin(k * np.pi * x) * np.sin(k * np.pi * y)
+
+
+def _finite_difference_error(n):
+    # In closed form: sines are eigenvectors of the discrete Laplacian too.
+    h = 1 / (n + 1)
+    x, y = np.meshgrid(*2 * [h * np.arange(1, n + 1)])
+    error = 0.0
+    for k, amplitude in ((1, 1.0), (4, 4.0)):
+        exact = 2 * (k * np.pi) ** 2
+        discrete = 8 * (np.sin(k * np.pi * h / 2) / h) ** 2
+        error = error + amplitude * (exact / discrete - 1) * _modes(k, x, y)
+    return np.max(np.abs(error))
+
+
+def test_elliptic(tmp_path, capsys):
+    main = runpy.run_path(str(tutorials / "elliptic.py"))["main"]
+    picture = tmp_path / "elliptic.png"
+    runs = main(quick=True, picture=picture)
+    printed = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in printed.splitlines() if line}
+
+    expected = _finite_difference_error(10)
+    assert np.isclose(float(rows["finite"][-2]), expected, rtol=0.05)
+    assert float(rows["Gaussian"][-2]) < 0.1 * expected
+
+    # At other points than the tutorial's own.
+    x, y = (a.reshape(-1) for a in np.meshgrid(*2 * [np.linspace(0, 1, 41)]))
+    points = jnp.stack([x, y], axis=1)
+    truth = _modes(1, x, y) + 4 * _modes(4, x, y)
+    for start in (0.1, 1.0):
+        learned, _ = runs[start, True]
+        error = np.max(np.abs(learned.solution(points) - truth))
+        assert error < 0.02
+        # start, then twice: lengthscale, steps, maximum and RMS error, seconds.
+        row = rows[f"{start:g}"]
+        lengthscale = learned.prior.kernel.lengthscale.value
+        assert np.isclose(float(row[6]), lengthscale, rtol=0, atol=1e-4)
+        assert np.isclose(float(row[8]), error, rtol=0.3)
+    assert matplotlib.image.imread(picture).std() > 0.1
+    assert str(picture) in printed
