@@ -22,9 +22,10 @@ class _ByIdentity:
 
 
 class _Function(eqx.Module):
-    # A Python function, taken apart: what it closes over is data, the rest is static
-    # and compares by value.
+    # A Python function, taken apart: what it closes over is data, and so are the
+    # variables of its module that it reads. The rest is static and compares by value.
     closure: tuple
+    read: dict[str, Any]
     defaults: tuple | None
     kwdefaults: dict | None
     code: types.CodeType = eqx.field(static=True)
@@ -34,7 +35,7 @@ class _Function(eqx.Module):
     def __call__(self, *args, **kwargs):
         function = types.FunctionType(
             self.code,
-            self.globals.value,
+            {**self.globals.value, **self.read},
             self.name,
             self.defaults,
             tuple(types.CellType(x) for x in self.closure),
@@ -82,6 +83,9 @@ def function_as_pytree(fn: Any) -> Any:
 def _convert(fn, inside: tuple):
     if not isinstance(fn, types.FunctionType) or any(fn is f for f in inside):
         return fn
+    foreign = len(inside) > 0 and fn.__globals__ is not inside[0].__globals__
+    if foreign and fn.__closure__ is None:  # A library's: always the same.
+        return fn
     inside = (*inside, fn)
     try:
         contents = tuple(cell.cell_contents for cell in fn.__closure__ or ())
@@ -93,11 +97,32 @@ def _convert(fn, inside: tuple):
         return fn
     convert = lambda x: _as_jax(_convert(x, inside))
     is_leaf = lambda x: isinstance(x, types.FunctionType)
-    closure, defaults, kwdefaults = jtu.tree_map(
-        convert, (contents, fn.__defaults__, fn.__kwdefaults__), is_leaf=is_leaf
+    read = {} if foreign else _globals_of(fn)
+    closure, read, defaults, kwdefaults = jtu.tree_map(
+        convert, (contents, read, fn.__defaults__, fn.__kwdefaults__), is_leaf=is_leaf
     )
     static = eqx.filter((closure, defaults, kwdefaults), eqx.is_array, inverse=True)
     if not all(_is_static(x) for x in jax.tree.leaves(static)):
         return fn
     globals_ = _ByIdentity(fn.__globals__)
-    return _Function(closure, defaults, kwdefaults, fn.__code__, globals_, fn.__name__)
+    return _Function(
+        closure, read, defaults, kwdefaults, fn.__code__, globals_, fn.__name__
+    )
+
+
+def _globals_of(fn: types.FunctionType) -> dict[str, Any]:
+    # Also what functions defined inside it read. Some of these names are attributes
+    # that happen to be called like a variable: no harm is done.
+    codes, names = [fn.__code__], set()
+    for code in codes:
+        names.update(code.co_names)
+        codes.extend(c for c in code.co_consts if isinstance(c, types.CodeType))
+    found = {n: fn.__globals__[n] for n in sorted(names & fn.__globals__.keys())}
+    return {n: x for n, x in found.items() if _is_data(x)}
+
+
+def _is_data(x) -> bool:
+    is_array = lambda y: isinstance(y, jax.Array | np.ndarray)
+    return not _is_opaque(x) and all(
+        is_array(y) or _is_static(y) for y in jtu.tree_leaves(x)
+    )

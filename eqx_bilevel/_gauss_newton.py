@@ -139,7 +139,7 @@ def _move(start: _Iterate, end: _Iterate, inner, step) -> _Iterate:
 _NUM_STEP_SIZES = 16
 
 
-def _line_search(problem, linearised, start, regression):
+def _line_search(problem, linearised, start, regression, near, ratio):
     # The next iterate, between this one and the minimiser of the linearised problem. It
     # costs O(M): along this line everything in the objective (1) is known without the
     # kernel, since |v|^2 = w^T phi v for v = k phi^T w, and phi v = rhs - Gamma w.
@@ -164,9 +164,15 @@ def _line_search(problem, linearised, start, regression):
     rounding = 100 * jnp.finfo(w.dtype).eps * (now + jnp.abs(w) @ jnp.abs(rhs))
     # The full step, unless it is bad; then the best of the shorter ones.
     full = values[0] <= now - 2e-4 * predicted + rounding
+    # Close to the minimum, rounding hides whether it decreases: there it is good if
+    # steps shrink (`ratio` is to the last one), and bad if they grow.
+    growing, shrinking = near & (ratio > 1), near & (ratio < 0.5)
+    values = values.at[0].set(jnp.where(growing, jnp.inf, values[0]))
+    full = (full & jnp.invert(growing)) | shrinking
     full = full | jnp.invert(start.known) | jnp.invert(jnp.isfinite(now))
     step = jnp.where(full, 1.0, sizes[jnp.argmin(values)])
     stuck = jnp.invert(full) & (jnp.min(values) >= now)
+    step = jnp.where(stuck & near, 0.5, step)
     return _move(start, end, inner, step), step, stuck
 
 
@@ -232,10 +238,13 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
         problem, here = args, state.proposal
         linearised = linearise(problem, here.z)
         new = _regress(problem, linearised, state.jitter, self.linear_solver)
-        proposal, step_size, stuck = _line_search(problem, linearised, here, new)
         change, converged = self._compare(problem, here.z, new)
-        # No step decreases the objective: this is as far as rounding allows.
-        converged = converged | (stuck & (change < _NEARLY))
+        near, ratio = change < _NEARLY, change / state.change
+        search = _line_search(problem, linearised, here, new, near, ratio)
+        proposal, step_size, stuck = search
+        # A short step was no progress, nor can one be found: rounding allows no more.
+        stalled = stuck & (state.step_size < 1) & (ratio >= 1)
+        converged = converged | (near & stalled)
         # Otherwise try again with more jitter.
         smallest = smallest_nugget(problem)
         # In small steps at first, since accuracy is in proportion.

@@ -175,7 +175,7 @@ def learn(
         run = _run_optimistix(optimiser, theta, task, steps)
         patience = 3 if patience is None else patience
     converged = _follow(run, record, rtol, patience)
-    learned = _finish(theta, _thorough(task), record, converged, tried)
+    learned = _finish(theta, task, record, converged, tried)
     failed = learned.solution.result != RESULTS.successful
     if throw and (failed or not np.isfinite(learned.objective)):
         message = RESULTS[learned.solution.result] or "The objective is not finite."
@@ -214,9 +214,14 @@ def _optimiser(optimiser, theta, searched: bool) -> _Optimiser:
     return optimiser
 
 
-def _thorough(task: Task) -> Task:
-    # For solves that may not start close to their solution.
-    return dataclasses.replace(task, max_inner_steps=max(50, task.max_inner_steps))
+def _with_inner_steps(task: Task, num: int) -> Task:
+    return dataclasses.replace(task, max_inner_steps=num)
+
+
+# Enough for the scale search, where a solve that needs more is at a bad scale, and most
+# often for the last solve, which starts where another ended.
+_FEW_INNER_STEPS = 15
+_MANY_INNER_STEPS = 100
 
 
 def _separate(prior, conditions, task: Task) -> tuple[PyTree, Task]:
@@ -317,12 +322,11 @@ def _run_optax(optimiser, theta, task, steps, key):
     for i in range(steps):
         key_i = jax.random.fold_in(key, i)
         step = _attempt(optax_step, optimiser, opt_state, theta, task, start, key_i)
-        ok = step is not None and bool(step.ok)
         if step is None:
             yield None, np.nan, False, False
         else:
-            yield step.outcome, float(step.value), ok, False
-        if ok:
+            yield step.outcome, float(step.value), bool(step.ok), False
+        if step is not None and bool(step.ok):
             start, opt_state = _warm(step.outcome), step.opt_state
             last, length = (theta, step.updates), min(1.0, 2 * length)
         else:
@@ -354,7 +358,8 @@ def _run_optimistix(optimiser, theta, task, steps):
 
 def _search(prior, conditions, task: Task, num: int):
     def value(candidate):
-        theta, scaled = _separate(candidate, conditions, _thorough(task))
+        few = _with_inner_steps(task, _FEW_INNER_STEPS)
+        theta, scaled = _separate(candidate, conditions, few)
         _, outcome = evaluate(theta, scaled, cold_start(theta, scaled))
         objective = float(outcome.objective)
         return objective if np.isfinite(objective) else np.inf
@@ -367,7 +372,11 @@ def _finish(theta, task: Task, record: _Record, converged: bool, tried) -> Learn
         start = cold_start(theta, task)
     else:
         theta, start = record.outcome.theta, _warm(record.outcome)
-    solution, outcome = evaluate(theta, task, start)
+    few = _with_inner_steps(task, _FEW_INNER_STEPS)
+    solution, outcome = evaluate(theta, few, start)
+    if solution.result != RESULTS.successful:
+        many = _with_inner_steps(task, _MANY_INNER_STEPS)
+        solution, outcome = evaluate(theta, many, start)
     prior, conditions = eqx.combine(theta, task.rest)
     return Learned(
         prior=prior,

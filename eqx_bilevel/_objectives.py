@@ -114,8 +114,10 @@ class ValidationResidual(AbstractObjective):
             return self
         n = len(self.points)
         chosen = jax.random.choice(key, n, (self.batch_size,), replace=False)
-        where = lambda t: t[chosen] if eqx.is_array(t) and jnp.ndim(t) > 0 else t
-        target = jax.tree.map(where, self.target)
+        target = self.target
+        if not callable(target):
+            part = lambda t: t[chosen] if jnp.ndim(t) > 0 else t
+            target = jax.tree.map(part, target)
         part = ValidationResidual(self.points[chosen], self.condition, target=target)
         return part * (n / self.batch_size)
 
@@ -133,8 +135,8 @@ class ValidationResidual(AbstractObjective):
             )
         condition = conditions[names.index(name)]
         target = condition.target
-        arrays = [t for t in jax.tree.leaves(target) if jnp.ndim(t) > 0]
-        if self.target is None and not callable(target) and arrays:
+        known_at = () if callable(target) else jax.tree.leaves(target)
+        if self.target is None and any(jnp.ndim(t) > 0 for t in known_at):
             raise ValueError(
                 f"The target of condition {name!r} is known at its own points only. "
                 "Make it a function of a point, or give `ValidationResidual` its own "

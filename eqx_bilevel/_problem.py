@@ -257,7 +257,14 @@ def _scale(kernels, condition: Condition, unknowns, trace, mean) -> Float[Array,
         mean = jets_of(functions, trace.jets, condition.points)
     z = mean[:, jnp.array(trace.nonlinear, int)]
     at = lambda z, x: linearise_operator(condition.operator, unknowns, trace, z, x)[0]
-    block = Block(condition.points, jax.vmap(at)(z, condition.points), trace.jets)
+    jacobian = jax.vmap(at)(z, condition.points)
+    if condition.noise is not None:
+        # Then only jitter is relative to this. It must not spoil operators that are not
+        # differentiable at the reference, such as a square root at zero.
+        regular = jnp.all(jnp.isfinite(jacobian), axis=(1, 2))
+        z = jnp.where(regular[:, None], z, 1.0)
+        jacobian = jax.vmap(at)(z, condition.points)
+    block = Block(condition.points, jacobian, trace.jets)
     return jnp.mean(variances(kernels, [block]))
 
 

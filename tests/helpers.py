@@ -393,7 +393,7 @@ def _wave(x, amplitude):
     return amplitude * jnp.sin(jnp.pi * x[:, 0]) * jnp.sin(2 * jnp.pi * x[:, 1])
 
 
-def _forcing(x, amplitude, strength):
+def forcing(x, amplitude, strength):
     u = _wave(x, amplitude)
     return 5 * jnp.pi**2 * u + strength * u**3
 
@@ -412,7 +412,7 @@ def _elliptic(strength, amplitude, noise, nugget, length, n=12, seed=1) -> Examp
         lengthscale=jnp.asarray(length),
         strength=jnp.asarray(strength),
         noise=jnp.asarray(noise),
-        targets=_forcing(interior, amplitude, strength),
+        targets=forcing(interior, amplitude, strength),
         points=interior,
     )
 
@@ -425,7 +425,7 @@ def _elliptic(strength, amplitude, noise, nugget, length, n=12, seed=1) -> Examp
         edge = eb.Condition(value, boundary, name="boundary", **rest)
         return eb.GaussianProcess(eb.Gaussian(theta["lengthscale"])), [pde, edge]
 
-    targets = _forcing(other, amplitude, strength)
+    targets = forcing(other, amplitude, strength)
     return Example(make, theta, _elliptic_axes, other, targets)
 
 
@@ -444,7 +444,7 @@ def _additive() -> Example:
         module=jnp.asarray(1.5),
         positive=jnp.asarray(4.0),
         closure=jnp.asarray(0.4),
-        targets=_forcing(interior, 2.0, 4.0),
+        targets=forcing(interior, 2.0, 4.0),
         points=interior,
     )
 
@@ -468,7 +468,7 @@ def _additive() -> Example:
         )
         return prior, [pde, edge]
 
-    targets = _forcing(other, 2.0, 4.0)
+    targets = forcing(other, 2.0, 4.0)
     return Example(make, theta, _elliptic_axes, other, targets)
 
 
@@ -484,20 +484,20 @@ def _burgers() -> Example:
     # A Gibbs kernel with a network.
     points = jnp.linspace(0.0, 1.0, 7)[:, None]
     other = jnp.linspace(0.03, 0.97, 9)[:, None]
-    forcing = lambda x: 20 * jnp.sin(7 * x[:, 0])
+    source = lambda x: 20 * jnp.sin(7 * x[:, 0])
     network = eb.LengthscaleNetwork(1, 1, 3, 1, 0.5, key=jax.random.key(2))
     theta = dict(network=network, viscosity=jnp.asarray(0.2), noise=jnp.asarray(2.0))
 
     def make(theta):
         kernel = eb.Scaled(eb.Gibbs(theta["network"]), 4.0)
         operator = Burgers(theta["viscosity"])
-        ode = eb.Condition(operator, points, forcing(points), noise=theta["noise"])
+        ode = eb.Condition(operator, points, source(points), noise=theta["noise"])
         ends = jnp.asarray([[0.0], [1.0]])
         data = eb.Condition(value, ends, lambda x: 1 - x[0], noise=0.1)
         return eb.GaussianProcess(kernel), [ode, data]
 
     axes = {"": ((), (0,), (0, 0))}
-    return Example(make, theta, axes, other, forcing(other))
+    return Example(make, theta, axes, other, source(other))
 
 
 class Pendulum(eqx.Module):

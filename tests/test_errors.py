@@ -523,8 +523,10 @@ def test_operator_that_is_not_finite_at_the_start():
     with pytest.raises(eqx.EquinoxRuntimeError, match="could not be factorised"):
         _solve(pde, start)
     solution = _solve(pde, start, initial=lambda x: jnp.ones_like(x[0]))
-    truth = grid[:, 0] ** 2 / 4 + grid[:, 0] + 1
-    np.testing.assert_allclose(solution(grid), truth, atol=1e-2)
+    # Less the last point, which lies outside of those where the equation holds.
+    inside = grid[:-1]
+    truth = inside[:, 0] ** 2 / 4 + inside[:, 0] + 1
+    np.testing.assert_allclose(solution(inside), truth, atol=1e-2)
 
 
 def test_jitter_is_raised_and_reported():
@@ -532,7 +534,7 @@ def test_jitter_is_raised_and_reported():
     x = jnp.linspace(0.0, 2.0, 60)[:, None]
     values = jax.vmap(_exact)(x)
     solution = _solve(eb.Condition(_value, x, values), prior=_prior(1.0))
-    jitter, smallest = solution.stats["jitter"], 0.5 * 60 * jnp.finfo(float).eps
+    jitter, smallest = solution.stats["jitter"], 0.125 * 60 * jnp.finfo(float).eps
     assert smallest <= jitter < 1e-8
     np.testing.assert_allclose(solution(x), values, atol=1e-5)
     exact = eb.Condition(_value, x, values, nugget=1e-18)

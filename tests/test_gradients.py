@@ -117,9 +117,10 @@ def test_forward_mode(name, kind):
 def test_frozen_gradient(name, kind):
     known = derivatives(name)
     value = dot(gradient(name, frozen)[kind], known.directions[kind])
-    assert relative_error(value, known.fixed[kind]) < 1e-6
-    # On these problems it is visibly wrong.
-    assert relative_error(value, known.exact[kind]) > 0.03
+    # The differences at a fixed point of linearisation are good to about 1e-6.
+    assert relative_error(value, known.fixed[kind]) < 3e-6
+    # On these problems it is visibly wrong: by 1.6 % at least, mostly by far more.
+    assert relative_error(value, known.exact[kind]) > 0.015
 
 
 #

@@ -155,7 +155,6 @@ KERNELS = {
     "rational_quadratic": lambda d: RationalQuadratic(0.6, 0.7),
     "periodic": lambda d: Periodic(0.9, np.linspace(1.1, 1.3, d)),
     "polynomial": lambda d: Polynomial(3, 0.7, 0.4),
-    "constant": lambda d: Constant(0.7),
     "sum": lambda d: Gaussian(0.6) + Polynomial(2) + 0.3,
     "product": lambda d: Gaussian(0.6) * Polynomial(2),
     "product_of_three": lambda d: Matern(0.9) * Gaussian(0.6) * RationalQuadratic(0.8),
@@ -173,10 +172,8 @@ KERNELS = {
     "user": lambda d: Cosine(),
 }
 CASES = [(name, 2) for name in KERNELS]
-CASES += [(n, 1) for n in ("matern_2.5", "periodic", "product_of_three", "gibbs_ard")]
-CASES += [(n, 1) for n in ("warped_matern", "warped_gibbs", "user")]
-CASES += [(n, 3) for n in ("gaussian_ard", "matern_3.5", "subspace_permuted", "user")]
-CASES += [(n, 3) for n in ("stretched_ard", "rational_quadratic")]
+CASES += [(n, 1) for n in ("product_of_three", "warped_matern", "stretched_ard")]
+CASES += [(n, 3) for n in ("gaussian_ard", "stretched_ard", "user")]
 
 
 def make(name, d):
@@ -218,13 +215,6 @@ def test_against_automatic_differentiation(name, d, getkey):
         # These take long to compile.
         right = [random_block(getkey(), 3, 2, jets(d, (0, 1)))]
     matrix, diagonal = _covariance_and_variances(kernels, left, right)
-    # A constant's derivatives are zero, so that only the values are compared.
-    if name == "constant":
-        assert_close(matrix, np.zeros_like(matrix) + 1.0, 1.0)
-        assert np.all(matrix == 0) and np.all(diagonal == 0)
-        values = covariance(kernels, left, left)
-        assert_close(values, oracle(kernels, left, left))
-        return
     assert_close(matrix, oracle(kernels, left, right))
     if not _differentiable_on_the_diagonal(name):
         return
@@ -247,12 +237,23 @@ def _points_of(block):
         yield Block(block.points[one], block.coefficients[one], block.jets)
 
 
+def test_constant(getkey):
+    kernels = {"u": unwrap(Constant(0.7))}
+    left, right = [pde_block(getkey(), 4, 2)], [mixed_block(getkey(), 3, 2)]
+    # Only the value of a constant is not zero.
+    matrix, diagonal = _covariance_and_variances(kernels, left, right)
+    assert matrix.shape == (12, 6) and np.all(matrix == 0) and np.all(diagonal == 0)
+    weights = np.reshape(left[0].coefficients[:, :, 0], -1)
+    expected = 0.7 * np.outer(weights, weights)
+    matrix, diagonal = _covariance_and_variances(kernels, left, left)
+    assert_close(matrix, expected, 1e-14)
+    assert_close(diagonal, np.diag(expected), 1e-14)
+
+
 # Smooth enough for an operator of fourth order on both sides.
 BIHARMONIC = {
     "gaussian_ard": lambda: Gaussian(np.array([0.6, 0.9])),
     "matern_4.5": lambda: Matern(0.9, nu=4.5),
-    "rational_quadratic": lambda: RationalQuadratic(0.9, 1.5),
-    "subspaces": lambda: Subspace(Gaussian(0.7), 1) * Subspace(Matern(0.9, nu=4.5), 0),
 }
 
 
@@ -266,11 +267,20 @@ def test_biharmonic(name, getkey):
     assert_close(jitted(kernels, left, right), oracle(kernels, left, right))
 
 
-@pytest.mark.parametrize("name", ("gibbs", "periodic", "user", "warped_matern"))
-def test_fourth_order_in_one_dimension(name, getkey):
+# The others are differentiated automatically.
+@pytest.mark.parametrize(
+    "name,axes",
+    (
+        ("gibbs", ()),
+        ("periodic", (0, 0)),
+        ("user", (0, 0, 0, 0)),
+        ("warped_matern", ()),
+    ),
+)
+def test_fourth_order_in_one_dimension(name, axes, getkey):
     kernels = make(name, 1)
     left = [random_block(getkey(), 3, 1, jets(1, (0, 0, 0, 0)))]
-    right = [random_block(getkey(), 4, 1, jets(1, (), (0, 0)))]
+    right = [random_block(getkey(), 4, 1, jets(1, axes))]
     assert_close(jitted(kernels, left, right), oracle(kernels, left, right))
 
 
@@ -281,33 +291,34 @@ def _matern_moment(nu, order):
     return math.prod(range(1, 2 * order, 2)) * nu**order / below
 
 
-@pytest.mark.parametrize("nu", (1.5, 2.5, 3.5, 4.5))
-def test_matern_at_coinciding_points_1d(nu):
-    length, p = 0.7, round(nu - 0.5)
-    axes = [(0,) * m for m in range(p + 1)]
-    eye = jnp.broadcast_to(jnp.eye(p + 1), (2, p + 1, p + 1))
-    block = Block(jnp.array([[0.3], [0.3]]), eye, jets(1, *axes))
+@pytest.mark.parametrize(
+    "nu,orders", ((1.5, (0, 1)), (2.5, (0, 1, 2)), (4.5, (0, 3, 4)))
+)
+def test_matern_at_coinciding_points_1d(nu, orders):
+    length, q = 0.7, len(orders)
+    eye = jnp.broadcast_to(jnp.eye(q), (2, q, q))
+    used = jets(1, *[(0,) * m for m in orders])
+    block = Block(jnp.array([[0.3], [0.3]]), eye, used)
 
     def fn(length):
         kernels = {"u": unwrap(Matern(length, nu=nu))}
         return covariance(kernels, [block], [block]), variances(kernels, [block])
 
-    expected = np.zeros((p + 1, p + 1))
-    slope = np.zeros((p + 1, p + 1))
-    for m in range(p + 1):
-        for n in range(m % 2, p + 1, 2):  # Odd moments vanish.
-            half = (m + n) // 2
-            moment = (-1) ** ((m - n) // 2) * _matern_moment(nu, half)
-            expected[m, n] = moment * length ** (-2 * half)
-            slope[m, n] = -2 * half * moment * length ** (-2 * half - 1)
-    matrix, diagonal = fn(jnp.array(length))
-    assert_close(matrix, np.tile(expected, (2, 2)), 1e-13)
-    assert_close(diagonal, np.tile(np.diag(expected), 2), 1e-13)
+    expected, slope = np.zeros((2, q, q))
+    for i, m in enumerate(orders):
+        for j, n in enumerate(orders):
+            if (m + n) % 2 == 0:  # Odd moments vanish.
+                half = (m + n) // 2
+                moment = (-1) ** ((m - n) // 2) * _matern_moment(nu, half)
+                expected[i, j] = moment * length ** (-2 * half)
+                slope[i, j] = -2 * half * moment * length ** (-2 * half - 1)
+    run = jax.jit(lambda x: (fn(x), jax.jacfwd(fn)(x), jax.jacrev(fn)(x)))
+    values, forwards, backwards = run(jnp.array(length))
     # Derivatives with respect to the lengthscale are finite and right there, too.
-    for jacobian in (jax.jacfwd, jax.jacrev):
-        matrix, diagonal = jacobian(fn)(jnp.array(length))
-        assert_close(matrix, np.tile(slope, (2, 2)), 1e-13)
-        assert_close(diagonal, np.tile(np.diag(slope), 2), 1e-13)
+    for truth, found in ((expected, values), (slope, forwards), (slope, backwards)):
+        diagonal = np.tile(np.diag(truth), 2)
+        np.testing.assert_allclose(found[0], np.tile(truth, (2, 2)), rtol=1e-13)
+        np.testing.assert_allclose(found[1], diagonal, rtol=1e-13)
 
 
 def test_matern_at_coinciding_points_2d():
@@ -383,10 +394,10 @@ def _blocks_1d(key, sizes=((5, 1), (3, 2))):
     return tuple(random_block(k, n, q, names) for k, (n, q), names in each)
 
 
-@pytest.mark.parametrize("name", ("matern_2.5", "gibbs_ard", "user"))
+@pytest.mark.parametrize("name", ("matern_2.5", "user"))
 def test_product_and_variances(name, getkey):
     kernels = make(name, 1)
-    left, right = _blocks_1d(getkey()), _blocks_1d(getkey(), ((4, 2), (3, 1), (2, 1)))
+    left, right = _blocks_1d(getkey()), _blocks_1d(getkey(), ((4, 2), (3, 1)))
     vector = jax.random.normal(getkey(), (sum(b.size for b in right),))
     matrix, product, diagonal = _all_three(kernels, left, right, vector)
     expected = oracle(kernels, left, right)
@@ -395,12 +406,12 @@ def test_product_and_variances(name, getkey):
     assert_close(diagonal, np.diag(_square(kernels, left)[0]), 1e-14)
 
 
-@pytest.mark.parametrize(
-    "name,d", (("matern_2.5", 2), ("gibbs", 1), ("subspaces", 2), ("warped_matern", 1))
-)
+@pytest.mark.parametrize("name,d", (("matern_2.5", 2), ("user", 2), ("gibbs", 1)))
 def test_symmetric_positive_semidefinite(name, d, getkey):
     kernels = make(name, d)
-    blocks = [pde_block(getkey(), 6, d), mixed_block(getkey(), 5, d)]
+    mixed = jets(d, (0,), (0, d - 1))
+    blocks = [random_block(getkey(), 6, 1, jets(d, ())), None]
+    blocks[1] = random_block(getkey(), 5, 2, mixed)
     matrix, computed = map(np.asarray, _square(kernels, blocks))
     assert_close(matrix.T, matrix, 1e-14)
     assert_close(computed, matrix, 1e-14)
@@ -414,12 +425,11 @@ def test_symmetric_positive_semidefinite(name, d, getkey):
 #
 
 
-@pytest.mark.parametrize("at_once", (1, 6, 20))
+@pytest.mark.parametrize("at_once", (1, 6))
 def test_chunks(at_once, getkey, monkeypatch):
     kernels = make("matern_3.5", 1)
-    # With 3 to 7 columns: rows one by one, chunks that 7 rows do not fill, and both.
-    left = _blocks_1d(getkey(), ((7, 1), (3, 2)))
-    right = _blocks_1d(getkey(), ((7, 2), (4, 1)))
+    # With 3 columns: rows one by one, and chunks of two that 7 rows do not fill.
+    left, right = _blocks_1d(getkey(), ((7, 1),)), _blocks_1d(getkey(), ((3, 2),))
     vector = jax.random.normal(getkey(), (sum(b.size for b in right),))
     weights = jax.random.normal(getkey(), (sum(b.size for b in left),))
 
@@ -427,7 +437,7 @@ def test_chunks(at_once, getkey, monkeypatch):
         kernels, left, right, vector = inputs
         matrix = covariance(kernels, left, right)
         product = covariance_product(kernels, left, right, vector)
-        return weights @ jnp.sin(matrix @ vector), weights @ jnp.sin(product)
+        return weights @ (matrix @ vector), weights @ product
 
     inputs = (kernels, left, right, vector)
     params, static = eqx.partition(inputs, eqx.is_inexact_array)
@@ -448,12 +458,17 @@ def test_chunks(at_once, getkey, monkeypatch):
 #
 
 
-def _check_derivatives(fn, inputs, key, h=1e-5, rtol=1e-7):
+def _check_derivatives(fn, inputs, key, h=1e-3, rtol=1e-7):
     # In one random direction in all inputs, forwards and backwards.
     flat, unravel = ravel_pytree(inputs)
     direction = jax.random.normal(key, flat.shape)
+    direction = direction / jnp.linalg.norm(direction)
     scalar = jax.jit(lambda flat: fn(unravel(flat)))
-    difference = (scalar(flat + h * direction) - scalar(flat - h * direction)) / (2 * h)
+    at = lambda t: scalar(flat + t * direction)
+    # Central differences, extrapolated twice: the error is of order h^6.
+    rough = [(at(h / n) - at(-h / n)) / (2 * h / n) for n in (1, 2, 4)]
+    finer = [(4 * rough[i + 1] - rough[i]) / 3 for i in range(2)]
+    difference = (16 * finer[1] - finer[0]) / 15
     forward = jax.jit(lambda x: jax.jvp(scalar, (x,), (direction,))[1])(flat)
     backward = jax.jit(jax.grad(scalar))(flat) @ direction
     scale = abs(difference)
@@ -462,28 +477,39 @@ def _check_derivatives(fn, inputs, key, h=1e-5, rtol=1e-7):
     assert abs(backward - forward) <= 1e-11 * scale
 
 
-@pytest.mark.parametrize("which", ("covariance", "product", "variances"))
-@pytest.mark.parametrize("name", ("matern_3.5", "gibbs", "product_of_three"))
+# With respect to kernel parameters, points, coefficients and the vector, all at once.
+@pytest.mark.parametrize(
+    "name,which",
+    (
+        ("matern_3.5", "covariance"),
+        ("matern_3.5", "product"),
+        ("matern_3.5", "variances"),
+        ("gibbs", "product"),
+    ),
+)
 def test_derivatives(name, which, getkey):
-    blocks, others = _blocks_1d(getkey()), _blocks_1d(getkey(), ((4, 2),))
-    kernels = make(name, 1)
+    if name == "gibbs":  # Shorter to compile.
+        blocks = (random_block(getkey(), 5, 1, jets(1, (), (0,))),)
+    else:
+        blocks = _blocks_1d(getkey())
+    others = (random_block(getkey(), 4, 2, jets(1, (), (0,))),)
     vector = jax.random.normal(getkey(), (8,))
-    weights = jax.random.normal(getkey(), (11,))
-    inputs = (kernels, blocks, others, vector)
+    weights = jax.random.normal(getkey(), (sum(b.size for b in blocks),))
+    inputs = (make(name, 1), blocks, others, vector)
     params, static = eqx.partition(inputs, eqx.is_inexact_array)
 
     def fn(params):
         kernels, blocks, others, vector = eqx.combine(params, static)
         if which == "covariance":
             # Also with itself, at coinciding points.
-            square = weights @ jnp.sin(covariance(kernels, blocks, blocks)) @ weights
-            return square + jnp.sum(jnp.sin(covariance(kernels, blocks, others)))
+            square = weights @ covariance(kernels, blocks, blocks) @ jnp.sin(weights)
+            return square + weights @ covariance(kernels, blocks, others) @ vector
         elif which == "product":
-            product = covariance_product(kernels, blocks, others, vector)
             square = covariance_product(kernels, blocks, blocks, weights)
-            return weights @ jnp.sin(product) + jnp.sum(jnp.sin(square))
+            product = covariance_product(kernels, blocks, others, vector)
+            return weights @ (product + square)
         else:
-            return weights @ variances(kernels, blocks) + 0.0 * jnp.sum(vector)
+            return weights @ variances(kernels, blocks)
 
     _check_derivatives(fn, params, getkey())
 
@@ -509,51 +535,57 @@ def _expected(gram):
 def test_operator(gram, getkey):
     expected = _expected(gram)
     vector = jax.random.normal(getkey(), (11,))
-    assert_close(gram.as_matrix(), expected)
-    assert_close(gram.mv(vector), expected @ vector)
-    assert_close(gram.T.mv(vector), expected @ vector)
+
+    @eqx.filter_jit
+    def run(gram):
+        operators = (gram, gram.T, lx.linearise(gram), lx.conj(gram))
+        products = [operator.mv(vector) for operator in operators]
+        matrices = [m.as_matrix() for m in (gram, dense(gram), lx.materialise(gram))]
+        return products, matrices, lx.diagonal(gram)
+
+    products, matrices, diagonal = run(gram)
+    for product in products:
+        assert_close(product, expected @ vector)
+    for matrix in matrices:
+        assert_close(matrix, expected)
+    assert_close(diagonal, np.diag(expected))
     assert gram.in_structure() == gram.out_structure()
     assert gram.in_structure().shape == (11,)
+
+
+def test_operator_properties(gram):
     assert lx.is_symmetric(gram) and lx.is_positive_semidefinite(gram)
     for predicate in (lx.is_diagonal, lx.is_tridiagonal, lx.is_negative_semidefinite):
         assert not predicate(gram)
     for predicate in (lx.is_lower_triangular, lx.is_upper_triangular):
         assert not predicate(gram)
     assert not lx.has_unit_diagonal(gram)
-    assert_close(lx.diagonal(gram), np.diag(expected))
-    for matrix in (dense(gram), lx.materialise(gram)):
-        assert isinstance(matrix, lx.MatrixLinearOperator)
-        assert lx.is_positive_semidefinite(matrix)
-        assert_close(matrix.as_matrix(), expected)
-    assert_close(lx.linearise(gram).mv(vector), expected @ vector)
-    assert_close(lx.conj(gram).mv(vector), expected @ vector)
+    struct = eqx.filter_eval_shape(dense, gram)
+    assert isinstance(struct, lx.MatrixLinearOperator)
+    assert lx.is_positive_semidefinite(struct)
 
 
-SOLVERS = {
-    "cholesky": lx.Cholesky(),
-    "auto": lx.AutoLinearSolver(well_posed=True),
-    "cg": lx.CG(rtol=1e-13, atol=1e-13),
-}
+SOLVERS = (
+    lx.Cholesky(),
+    lx.CG(rtol=1e-13, atol=1e-13),
+)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-def test_linear_solve(name, gram, getkey):
-    solver = SOLVERS[name]
+def test_linear_solve(gram, getkey):
     vector, weights = jax.random.normal(getkey(), (2, 11))
     params, static = eqx.partition((gram, vector), eqx.is_inexact_array)
 
-    def solve(params):
-        gram, vector = eqx.combine(params, static)
-        return lx.linear_solve(gram, vector, solver).value
+    def run(solve):
+        fn = lambda params: weights @ solve(*eqx.combine(params, static))
+        value, gradient = jax.jit(jax.value_and_grad(fn))(params)
+        return value, ravel_pytree(gradient)[0]
 
-    def direct(params):
-        gram, vector = eqx.combine(params, static)
-        return jnp.linalg.solve(gram.as_matrix(), vector)
-
-    both = lambda fn: jax.jit(jax.value_and_grad(lambda p: weights @ fn(p)))(params)
-    (value, gradient), (expected, truth) = both(solve), both(direct)
-    np.testing.assert_allclose(value, expected, rtol=1e-9)
-    assert_close(ravel_pytree(gradient)[0], ravel_pytree(truth)[0], 1e-9)
+    direct = lambda gram, vector: jnp.linalg.solve(gram.as_matrix(), vector)
+    expected, truth = run(direct)
+    for solver in SOLVERS:
+        value, gradient = run(lambda g, v: lx.linear_solve(g, v, solver).value)
+        np.testing.assert_allclose(value, expected, rtol=1e-9)
+        assert_close(gradient, truth, 1e-9)
 
 
 #

@@ -134,9 +134,7 @@ def test_jit_and_vmap(plain):
 
 def test_solutions_go_in_and_out(plain):
     # A solution may leave a transformed function, and enter another one.
-    solution = jax.jit(_solve)(lengths[0], sources)
-    _close(solution(grid), plain[0]["many"])
-    solutions = jax.vmap(_solve, (0, None))(lengths, sources)
+    solutions = jax.jit(jax.vmap(_solve, (0, None)))(lengths, sources)
     many = eqx.filter_vmap(lambda solution: solution(grid))(solutions)
     _close(many, jnp.stack([p["many"] for p in plain]))
     assert np.all(solutions.result == eb.RESULTS.successful)
@@ -184,7 +182,7 @@ def gradients():
 def test_gradients_are_right(gradients):
     direction = random_direction((lengths[0], batch[0]), jax.random.key(1))
     along = lambda h: _loss(*moved((lengths[0], batch[0]), direction, h))
-    truth = central_difference(eqx.filter_jit(along), 1e-3)
+    truth = central_difference(along, 1e-3)
     _close(dot(gradients[0], direction), truth, rtol=1e-6)
     _, tangent = jax.jvp(_loss, (lengths[0], batch[0]), direction)
     _close(tangent, dot(gradients[0], direction))
@@ -193,21 +191,24 @@ def test_gradients_are_right(gradients):
 def test_gradients_under_transformations(gradients):
     gradient = jax.grad(_loss, (0, 1))
     _close(jax.vmap(jax.jit(gradient))(lengths, batch), _stack(gradients))
-    # The other way round: the gradient of a batch.
-    total = lambda lengths, batch: jnp.sum(jax.vmap(_loss)(lengths, batch))
-    _close(jax.jit(jax.grad(total, (0, 1)))(lengths, batch), _stack(gradients))
 
 
 def test_failures_harm_nobody_else(gradients):
     def fn(length, targets, noise):
         solution = _solve(length, targets, noise, throw=False)
         value = jnp.sum(solution(grid) ** 2) + jnp.sum(solution.std(grid))
-        return value, (solution.result, solution.spectral_radius())
+        return value, solution.result, solution.spectral_radius()
 
-    fn = eqx.filter_jit(jax.vmap(jax.value_and_grad(fn, (0, 1), has_aux=True)))
+    def total(*args):
+        values, results, radii = jax.vmap(fn)(*args)
+        ok = results == eb.RESULTS.successful
+        return jnp.sum(jnp.where(ok, values, 0.0)), (values, results, radii)
+
+    # Here derivatives are taken of a batch, above they are taken in a batch.
+    gradient = jax.jit(jax.grad(total, (0, 1), has_aux=True))
     one = lengths[0]
     good = [jnp.full(5, one), jnp.stack([batch[0]] * 5), jnp.full(5, 0.1)]
-    (values, (results, radii)), slopes = fn(*good)
+    slopes, (values, results, radii) = gradient(*good)
     assert np.all(results == eb.RESULTS.successful)
     # A lengthscale that is not a number, a target that is not, and one lengthscale that
     # makes the Gram matrix singular.
@@ -216,7 +217,7 @@ def test_failures_harm_nobody_else(gradients):
         good[1].at[2, 3].set(jnp.nan),
         jnp.array([0.1, 0.1, 0.1, 1e-30, 0.1]),
     ]
-    (found, (results, new_radii)), new_slopes = fn(*bad)
+    new_slopes, (found, results, new_radii) = gradient(*bad)
     kinds = ["successful", "nonfinite_data", "nonfinite_data", "singular_gram"]
     for i, kind in enumerate([*kinds, "successful"]):
         assert (results == getattr(eb.RESULTS, kind))[i], kind
@@ -275,8 +276,8 @@ class Model(eqx.Module):
 
     def __call__(self, features):
         length = 0.3 + 0.4 * jax.nn.sigmoid(self.length(features))
-        source = lambda x: 40 * self.source(x)
-        pde = eb.Condition(Cubic(20.0), interior, source, noise=0.5)
+        source = lambda x: 100 * self.source(x)
+        pde = eb.Condition(Cubic(100.0), interior, source, noise=5.0)
         boundary = eb.Condition(_value, ends, noise=0.02)
         prior = eb.GaussianProcess(2.0 * eb.Gaussian(length))
         solution = eb.solve(prior, [pde, boundary], eb.GaussNewton(1e-11, 1e-12))
@@ -291,14 +292,15 @@ def test_nested_in_a_larger_model(count):
     gradient = eqx.filter_jit(eqx.filter_grad(lambda model, f: model(f)[0]))
     model, other = (Model(key) for key in jax.random.split(jax.random.key(0)))
     direction = random_direction(model, jax.random.key(1))
-    truth = central_difference(lambda h: run(moved(model, direction, h), features)[0])
+    along = lambda h: run(moved(model, direction, h), features)[0]
+    truth = central_difference(along, 1e-3)
     exact = gradient(model, features)
     arrays = eqx.filter(direction, eqx.is_array)
     _close(dot(exact, arrays), truth, rtol=1e-7)
     # All three networks take part, and a frozen gradient would have been noticed.
     leaves = jax.tree.leaves(exact)
     assert len(leaves) == 12 and all(np.any(leaf != 0) for leaf in leaves)
-    assert run(model, features)[1] > 0.1
+    assert run(model, features)[1] > 0.05
     # Another network compiles nothing.
     assert count(gradient, other, features)[1] == 0
 

@@ -68,5 +68,3 @@ def test_failure():
     assert solution.result == eb.RESULTS.nonlinear_max_steps_reached
     with pytest.raises(RuntimeError, match="maximum number of steps"):
         eb.solve_whitened(*problem, max_steps=2)
-    with pytest.raises(ValueError, match="`solver`"):
-        eb.solve_whitened(*problem, optx.BFGS(1e-6, 1e-6))
