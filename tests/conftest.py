@@ -1,3 +1,9 @@
+import os
+
+
+# The tests run in as many processes as there are cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import equinox.internal as eqxi
 import jax
 import pytest
