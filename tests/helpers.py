@@ -600,7 +600,7 @@ pendulum = _pendulum()
 coupled = _coupled()
 eikonal = _eikonal()
 
-_examples = dict(
+examples = dict(
     mild=mild,
     strong=strong,
     additive=additive,
@@ -613,4 +613,4 @@ _examples = dict(
 
 @ft.cache
 def truth_of(name: str) -> Solved:
-    return solve_oracle(_examples[name].oracle())
+    return solve_oracle(examples[name].oracle())

@@ -8,15 +8,12 @@ import lineax as lx
 import pytest
 
 from .helpers import (
-    additive,
     Arctan,
-    burgers,
-    coupled,
     eikonal,
+    examples,
     forcing,
     mild,
     Oracle,
-    pendulum,
     relative_error,
     strong,
     truth_of,
@@ -24,15 +21,6 @@ from .helpers import (
 )
 
 
-examples = dict(
-    mild=mild,
-    strong=strong,
-    additive=additive,
-    burgers=burgers,
-    pendulum=pendulum,
-    coupled=coupled,
-    eikonal=eikonal,
-)
 tight = eb.GaussNewton(rtol=1e-12, atol=1e-12)
 names = pytest.mark.parametrize("name", examples)
 
