@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from ._gram import covariance, covariance_product, dense, GramOperator
+from ._gram import covariance, dense, GramOperator
 from ._problem import (
     linearise,
-    Linearised,
     noise_variances,
     prior_z,
     Problem,
@@ -22,53 +21,6 @@ from ._problem import (
     split,
     z_functionals,
 )
-
-
-def representer_weights(
-    problem: Problem,
-    linearised: Linearised,
-    jitter: Float[Array, ""],
-    linear_solver: lx.AbstractLinearSolver,
-    factor: Any,
-) -> Float[Array, " M"]:
-    # w with u = m + k phi^T w. Differentiable in `problem` by the rule for linear
-    # solves and never through the factorisation, which is given: `factor` is the state
-    # that `linear_solver` made of the same matrix. The rule also sees to it that the
-    # very same w is in all terms of a derivative: they cancel, and the rounding in w
-    # does not.
-    gamma = noise_variances(problem, jitter)
-    operator = GramOperator(problem.kernels, linearised.functionals, gamma)
-    rhs = linearised.rhs
-    return lx.linear_solve(
-        operator, rhs, linear_solver, state=factor, throw=False
-    ).value
-
-
-def read_z(problem: Problem, linearised: Linearised, weights) -> Float[Array, " N"]:
-    read, functionals = z_functionals(problem), linearised.functionals
-    change = covariance_product(problem.kernels, read, functionals, weights)
-    return prior_z(problem) + change
-
-
-def posterior_product(
-    problem: Problem,
-    linearised: Linearised,
-    linear_solver: lx.AbstractLinearSolver,
-    factor: Any,
-) -> Callable[[Float[Array, " N"]], Float[Array, " N"]]:
-    # Multiplication with the posterior covariance of z. Not to be differentiated.
-    read, functionals = z_functionals(problem), linearised.functionals
-    rows = covariance(problem.kernels, read, functionals)
-    prior = covariance(problem.kernels, read, read)
-    placeholder = GramOperator(problem.kernels, functionals, linearised.rhs)
-
-    def product(vector):
-        solved = lx.linear_solve(
-            placeholder, rows.T @ vector, linear_solver, state=factor, throw=False
-        )
-        return prior @ vector - rows @ solved.value
-
-    return product
 
 
 class _Regression(NamedTuple):
@@ -113,8 +65,17 @@ def _regress(problem, linearised, jitter, linear_solver) -> _Regression:
     return _Regression(factor, weights + correction, gamma, z, rounding, usable)
 
 
-# A relative change below which it counts as convergence that no step makes progress.
+# A full step's relative change below which the minimum is close.
 _NEARLY = 1e-2
+# So many steps without progress there are enough.
+_PATIENCE = 5
+
+
+class Root(NamedTuple):
+    # What is solved for: a point of linearisation, and the solution of the problem
+    # linearised there.
+    z: Float[Array, " N"]
+    weights: Float[Array, " M"]
 
 
 class _Iterate(eqx.Module):
@@ -123,6 +84,10 @@ class _Iterate(eqx.Module):
     linear: Float[Array, " M"]  # what its linear entries contribute to the conditions
     norm: Float[Array, ""]  # |v|_k^2
     known: Bool[Array, ""]  # whether the last two are
+
+
+def _unknown(z, like: _Iterate) -> _Iterate:
+    return _Iterate(z, like.linear, like.norm, jnp.array(False))
 
 
 def _move(start: _Iterate, end: _Iterate, inner, step) -> _Iterate:
@@ -139,12 +104,12 @@ def _move(start: _Iterate, end: _Iterate, inner, step) -> _Iterate:
 _NUM_STEP_SIZES = 16
 
 
-def _line_search(problem, linearised, start, regression, near, ratio):
+def _line_search(problem, linearised, start, regression):
     # The next iterate, between this one and the minimiser of the linearised problem. It
     # costs O(M): along this line everything in the objective (1) is known without the
     # kernel, since |v|^2 = w^T phi v for v = k phi^T w, and phi v = rhs - Gamma w.
     w, gamma, rhs = regression.weights, regression.gamma, linearised.rhs
-    slope = lambda z: slope_product(problem, linearised.slopes, z - prior_z(problem))
+    slope = lambda z: slope_product(problem, linearised, z - prior_z(problem))
     applied = rhs - gamma * w
     linear = applied - slope(regression.z)
     end = _Iterate(regression.z, linear, w @ applied, jnp.array(True))
@@ -160,36 +125,67 @@ def _line_search(problem, linearised, start, regression, near, ratio):
     values = jnp.where(jnp.isfinite(values), values, jnp.inf)
     now = objective(jnp.zeros_like(sizes[0]))
     predicted = now - 0.5 * w @ rhs
-    # Close to the minimum, differences of the objective are nothing but rounding.
-    rounding = 100 * jnp.finfo(w.dtype).eps * (now + jnp.abs(w) @ jnp.abs(rhs))
     # The full step, unless it is bad; then the best of the shorter ones.
-    full = values[0] <= now - 2e-4 * predicted + rounding
-    # Close to the minimum, rounding hides whether it decreases: there it is good if
-    # steps shrink (`ratio` is to the last one), and bad if they grow.
-    growing, shrinking = near & (ratio > 1), near & (ratio < 0.5)
-    values = values.at[0].set(jnp.where(growing, jnp.inf, values[0]))
-    full = (full & jnp.invert(growing)) | shrinking
+    full = values[0] <= now - 2e-4 * predicted
     full = full | jnp.invert(start.known) | jnp.invert(jnp.isfinite(now))
     step = jnp.where(full, 1.0, sizes[jnp.argmin(values)])
-    stuck = jnp.invert(full) & (jnp.min(values) >= now)
-    step = jnp.where(stuck & near, 0.5, step)
-    return _move(start, end, inner, step), step, stuck
+    return _move(start, end, inner, step), step
+
+
+# Points that are remembered.
+_MEMORY = 5
+
+
+class _Anderson(eqx.Module):
+    # Anderson acceleration of z <- T(z). Close to the minimum, where differences of the
+    # objective are nothing but rounding, it takes the place of the line search.
+    changes: Float[Array, "m N"]  # of T(z) - z, from step to step
+    moves: Float[Array, "m N"]  # of T(z)
+    last_residual: Float[Array, " N"]
+    last_image: Float[Array, " N"]
+    count: Int[Array, ""]
+
+    @staticmethod
+    def empty(like: Float[Array, " N"]) -> "_Anderson":
+        zeros = jnp.zeros((_MEMORY, like.size), like.dtype)
+        return _Anderson(zeros, zeros, like, like, jnp.array(0))
+
+    def next(self, z, image, scale) -> tuple[Float[Array, " N"], "_Anderson"]:
+        # `scale` makes entries comparable.
+        residual = (image - z) / scale
+        i, first = jnp.maximum(self.count - 1, 0) % _MEMORY, self.count == 0
+        put = lambda a, x: a.at[i].set(jnp.where(first, 0, x))
+        changes = put(self.changes, residual - self.last_residual)
+        moves = put(self.moves, image - self.last_image)
+        normal = changes @ changes.T
+        size = jnp.maximum(jnp.trace(normal), jnp.finfo(z.dtype).tiny)
+        normal = normal / size + 1e-13 * jnp.eye(_MEMORY, dtype=z.dtype)
+        coefficients = jnp.linalg.solve(normal, changes @ residual / size)
+        new = _Anderson(changes, moves, residual, image, self.count + 1)
+        return image - coefficients @ moves, new
 
 
 class _GaussNewtonState(eqx.Module):
     # Where to linearise next.
     proposal: _Iterate
+    anderson: _Anderson
     jitter: Float[Array, ""]
     # Of the last linearisation that could be solved.
     factor: PyTree[Array]
-    weights: Float[Array, " M"]
-    z: Float[Array, " N"]
     rounding: Float[Array, ""]
     change: Float[Array, ""]
+    least_change: Float[Array, ""]  # so far
+    num_stalled: Int[Array, ""]  # steps since
     step_size: Float[Array, ""]
     # Used for termination.
     done: Bool[Array, ""]
     result: optx.RESULTS
+
+
+def tree_where(which, one, two):
+    arrays, static = eqx.partition((one, two), eqx.is_array)
+    chosen = jax.tree.map(lambda a, b: jnp.where(which, a, b), *arrays)
+    return eqx.combine(chosen, static[0])
 
 
 class GaussNewton(optx.AbstractLeastSquaresSolver):
@@ -215,20 +211,21 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
     verbose: bool | Callable[..., None] = False
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
-        problem, dtype = args, y.dtype
+        problem, dtype = args, args.dtype
         zero = jnp.zeros((), dtype)
         start = options["start"]
         eye = lx.MatrixLinearOperator(
             jnp.eye(problem.size, dtype=dtype), lx.positive_semidefinite_tag
         )
         return _GaussNewtonState(
-            proposal=_Iterate(y, jnp.zeros(problem.size, dtype), zero, start),
+            proposal=_Iterate(y.z, jnp.zeros(problem.size, dtype), zero, start),
+            anderson=_Anderson.empty(y.z),
             jitter=options["jitter"],
             factor=self.linear_solver.init(eye, {}),
-            weights=jnp.zeros(problem.size, dtype),
-            z=y,
             rounding=zero,
             change=zero + jnp.inf,
+            least_change=zero + jnp.inf,
+            num_stalled=jnp.array(0),
             step_size=zero,
             done=jnp.array(False),
             result=optx.RESULTS.successful,
@@ -238,53 +235,62 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
         problem, here = args, state.proposal
         linearised = linearise(problem, here.z)
         new = _regress(problem, linearised, state.jitter, self.linear_solver)
-        change, converged = self._compare(problem, here.z, new)
-        near, ratio = change < _NEARLY, change / state.change
-        search = _line_search(problem, linearised, here, new, near, ratio)
-        proposal, step_size, stuck = search
-        # A short step was no progress, nor can one be found: rounding allows no more.
-        stalled = stuck & (state.step_size < 1) & (ratio >= 1)
-        converged = converged | (near & stalled)
+        change, excess, scale = self._compare(problem, here.z, new)
+        near = change < _NEARLY
+        searched, step_size = _line_search(problem, linearised, here, new)
+        # Each derivative of each condition has its own scale.
+        accelerated, anderson = state.anderson.next(here.z, new.z, scale)
+        anderson = tree_where(near, anderson, _Anderson.empty(here.z))
+        proposal = tree_where(near, _unknown(accelerated, searched), searched)
+        step_size = jnp.where(near, 1.0, step_size)
+        # If steps do not get smaller any more: rounding allows no more.
+        progress = change < 0.9 * state.least_change
+        num_stalled = jnp.where(progress, 0, state.num_stalled + 1)
+        converged = (excess <= 1) | ((excess <= 100) & (num_stalled >= _PATIENCE))
         # Otherwise try again with more jitter.
         smallest = smallest_nugget(problem)
         # In small steps at first, since accuracy is in proportion.
-        factor = jnp.where(state.jitter < 10 * smallest, 4, 10).astype(y.dtype)
+        factor = jnp.where(state.jitter < 10 * smallest, 4, 10).astype(problem.dtype)
         jitter = jnp.maximum(factor * state.jitter, smallest)
         too_much = jnp.invert(new.usable) & (jitter > largest_nugget(problem))
         solved = _GaussNewtonState(
             proposal=proposal,
+            anderson=anderson,
             jitter=state.jitter,
             factor=new.factor,
-            weights=new.weights,
-            z=here.z,
             rounding=jnp.max(jnp.abs(new.rounding), initial=0),
             change=change,
+            least_change=jnp.minimum(change, state.least_change),
+            num_stalled=num_stalled,
             step_size=step_size,
             done=converged,
             result=optx.RESULTS.successful,
         )
         failed = eqx.tree_at(lambda s: (s.jitter, s.done), state, (jitter, too_much))
-        arrays, static = eqx.partition((solved, failed), eqx.is_array)
-        chosen = jax.tree.map(lambda a, b: jnp.where(new.usable, a, b), *arrays)
-        state = eqx.combine(chosen, static[1])
+        root = Root(here.z, new.weights)
+        y, state = tree_where(new.usable, (root, solved), (y, failed))
         successful, singular = optx.RESULTS.successful, optx.RESULTS.singular
         result = optx.RESULTS.where(too_much, singular, successful)  # pyright: ignore
         state = eqx.tree_at(lambda s: s.result, state, result)
         self._report(state)
-        return state.z, state, None
+        return y, state, None
 
     def _compare(self, problem, z, new: _Regression):
-        # Each derivative of each condition has its own scale.
-        changes, ok = [jnp.zeros((), z.dtype)], [jnp.array(True)]
+        # By how much a full step changes z: relatively, and in tolerances. Each
+        # derivative of each condition has its own scale, returned as well.
+        zero = jnp.zeros((), z.dtype)
+        changes, excesses, scales = [zero], [zero], []
         parts = (split(problem, a) for a in (z, new.z, new.rounding))
         for before, after, rounding in zip(*parts):
             size = jnp.max(jnp.abs(after), axis=0, initial=0)
             change = jnp.max(jnp.abs(after - before), axis=0, initial=0)
             limit = 10 * jnp.max(jnp.abs(rounding), axis=0, initial=0)
             tolerance = jnp.maximum(self.atol + self.rtol * size, limit)
-            ok.append(jnp.all(change <= tolerance))
+            excesses.append(jnp.max(change / tolerance, initial=0))
             changes.append(jnp.max(change / (size + self.atol), initial=0))
-        return jnp.max(jnp.stack(changes)), jnp.all(jnp.stack(ok))
+            scales.append(jnp.broadcast_to(size + self.atol, after.shape).reshape(-1))
+        scale = jnp.concatenate(scales)
+        return jnp.max(jnp.stack(changes)), jnp.max(jnp.stack(excesses)), scale
 
     def _report(self, state):
         if callable(self.verbose):
@@ -306,7 +312,7 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
         return state.done, state.result
 
     def postprocess(self, fn, y, aux, args, options, state, tags, result):
-        # The weights and the factor of the linearisation at `y`.
+        # The factor is that of the linearisation at `y`.
         return y, aux, {"state": state}
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._condition import Condition, GaussianProcess, mean_function
-from ._gram import Block, variances
+from ._gram import Block, covariance_product, variances
 from ._jets import (
     derivative,
     Index,
@@ -284,9 +284,8 @@ def _variance(condition: Condition, scale) -> Float[Array, ""]:
 class Linearised(NamedTuple):
     # All conditions, linearised at `z`: `functionals v = rhs`, up to noise.
     functionals: tuple[Block, ...]
+    jacobians: tuple[Float[Array, "n q p"], ...]  # of each condition, by the jet
     rhs: Float[Array, " M"]
-    slopes: tuple[Float[Array, "n q k"], ...]  # with respect to z
-    z: Float[Array, " N"]
 
 
 def split(problem: Problem, z: Float[Array, " N"]) -> list[Float[Array, "n k"]]:
@@ -304,15 +303,18 @@ def prior_z(problem: Problem) -> Float[Array, " N"]:
 
 
 def linearise(problem: Problem, z: Float[Array, " N"]) -> Linearised:
-    blocks, rhs, slopes = [], [], []
+    jacobians, rhs = [], []
     for r, z_r in zip(problem.rows, split(problem, z)):
         at = lambda z, x, r=r: linearise_operator(r.operator, r.unknowns, r.trace, z, x)
         jacobian, offset = jax.vmap(at)(z_r, r.points)
-        blocks.append(Block(r.points, jacobian, r.trace.jets))
         applied = jnp.einsum("nqp,np->nq", jacobian, r.mean)
+        jacobians.append(jacobian)
         rhs.append((offset + r.target - applied).reshape(-1))
-        slopes.append(jacobian[:, :, jnp.array(r.trace.nonlinear, int)])
-    return Linearised(_merge(blocks), jnp.concatenate(rhs), tuple(slopes), z)
+    blocks = [
+        Block(r.points, jacobian, r.trace.jets)
+        for r, jacobian in zip(problem.rows, jacobians)
+    ]
+    return Linearised(_merge(blocks), tuple(jacobians), jnp.concatenate(rhs))
 
 
 def _merge(blocks: Sequence[Block]) -> tuple[Block, ...]:
@@ -320,14 +322,9 @@ def _merge(blocks: Sequence[Block]) -> tuple[Block, ...]:
     out: list[Block] = []
     for block in blocks:
         last = out[-1] if out else None
-        same = last is not None and (last.jets, last.coefficients.shape[1]) == (
-            block.jets,
-            block.coefficients.shape[1],
-        )
-        if last is not None and same:
-            points = jnp.concatenate([last.points, block.points])
-            coefficients = jnp.concatenate([last.coefficients, block.coefficients])
-            out[-1] = Block(points, coefficients, block.jets)
+        kind = (block.jets, block.at_each)
+        if last is not None and (last.jets, last.at_each) == kind:
+            out[-1] = jax.tree.map(lambda *x: jnp.concatenate(x), last, block)
         else:
             out.append(block)
     return tuple(out)
@@ -337,14 +334,24 @@ def z_functionals(problem: Problem) -> tuple[Block, ...]:
     # Those that read z off a function.
     blocks = []
     for r in problem.rows:
-        k = len(r.trace.nonlinear)
-        if k > 0:
-            eye = jnp.broadcast_to(
-                jnp.eye(k, dtype=problem.dtype), (len(r.points), k, k)
-            )
-            jets = tuple(r.trace.jets[i] for i in r.trace.nonlinear)
-            blocks.append(Block(r.points, eye, jets))
+        jets = tuple(r.trace.jets[i] for i in r.trace.nonlinear)
+        if jets:
+            blocks.append(Block(r.points, None, jets))
     return _merge(blocks)
+
+
+def jet_changes(
+    problem: Problem, functionals: Sequence[Block], weights: Float[Array, " M"]
+) -> list[Array]:
+    # By how much the jets of `m + k functionals^T weights` differ from those of the
+    # mean, at the points of each condition.
+    blocks = [Block(r.points, None, r.trace.jets) for r in problem.rows]
+    flat = covariance_product(problem.kernels, _merge(blocks), functionals, weights)
+    out, start = [], 0
+    for r in problem.rows:
+        out.append(flat[start : start + r.mean.size].reshape(r.mean.shape))
+        start += r.mean.size
+    return out
 
 
 def noise_variances(problem: Problem, jitter: Float[Array, ""]) -> Float[Array, " M"]:
@@ -356,13 +363,17 @@ def noise_variances(problem: Problem, jitter: Float[Array, ""]) -> Float[Array, 
     return jnp.concatenate(each)
 
 
-def slope_product(problem: Problem, slopes, dz: Float[Array, " N"]):
+def slope_product(problem: Problem, linearised: Linearised, dz: Float[Array, " N"]):
     # The derivative of the conditions with respect to z, times `dz`.
     parts = [
-        jnp.einsum("nqk,nk->nq", slope, dz_r).reshape(-1)
-        for slope, dz_r in zip(slopes, split(problem, dz))
+        jnp.einsum(
+            "nqk,nk->nq", jacobian[:, :, jnp.array(r.trace.nonlinear, int)], dz_r
+        )
+        for r, jacobian, dz_r in zip(
+            problem.rows, linearised.jacobians, split(problem, dz)
+        )
     ]
-    return jnp.concatenate(parts)
+    return jnp.concatenate([part.reshape(-1) for part in parts])
 
 
 def residuals(
@@ -391,21 +402,28 @@ def _linear_mean(problem: Problem) -> Float[Array, " M"]:
     return jnp.concatenate(out)
 
 
-def curvature_product(
-    problem: Problem,
-    z: Float[Array, " N"],
-    weights: Float[Array, " M"],
-    dz: Float[Array, " N"],
-) -> Float[Array, " N"]:
-    # blockdiag(w . R'') dz: second derivatives of the operators, weighted.
+def curvatures(
+    problem: Problem, z: Float[Array, " N"], weights: Float[Array, " M"]
+) -> list[Array]:
+    # The (n, k, k) blocks of blockdiag(w . R''): second derivatives, weighted.
     out, start = [], 0
-    for r, z_r, dz_r in zip(problem.rows, split(problem, z), split(problem, dz)):
+    for r, z_r in zip(problem.rows, split(problem, z)):
         w = weights[start : start + r.target.size].reshape(r.target.shape)
         start += r.target.size
 
-        def at(z, w, dz, x, r=r):
+        def at(z, w, x, r=r):
             fn = lambda z: w @ nonlinear_part(r.operator, r.unknowns, r.trace, z, x)
-            return jax.jvp(jax.grad(fn), (z,), (dz,))[1]
+            return jax.hessian(fn)(z)
 
-        out.append(jax.vmap(at)(z_r, w, dz_r, r.points).reshape(-1))
-    return jnp.concatenate(out)
+        out.append(jax.vmap(at)(z_r, w, r.points))
+    return out
+
+
+def block_product(
+    problem: Problem, blocks: Sequence[Array], dz: Float[Array, " N"]
+) -> Float[Array, " N"]:
+    parts = [
+        jnp.einsum("nij,nj->ni", block, dz_r).reshape(-1)
+        for block, dz_r in zip(blocks, split(problem, dz))
+    ]
+    return jnp.concatenate(parts)

@@ -12,7 +12,6 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from ._closure import function_as_pytree
 from ._condition import Condition, GaussianProcess
-from ._gauss_newton import posterior_product
 from ._gram import Block, covariance, covariance_product, dense, GramOperator, variances
 from ._jets import (
     evaluate,
@@ -24,14 +23,15 @@ from ._jets import (
 )
 from ._parameters import unwrap
 from ._problem import (
-    curvature_product,
+    block_product,
+    curvatures,
     jets_of,
-    linearise,
     mean_functions,
     names_of,
     noise_variances,
     Problem,
 )
+from ._representer import GramInverse, PosteriorCovariance
 from ._results import RESULTS
 from ._spectrum import extreme_eigenvalues, power_iteration
 
@@ -189,8 +189,7 @@ class Solution(eqx.Module):
 
     def _jets(self, jets: Sequence[tuple[str, Index]], x) -> Float[Array, "n p"]:
         n, p = len(x), len(jets)
-        eye = jnp.broadcast_to(jnp.eye(p, dtype=x.dtype), (n, p, p))
-        kernels, block = self._problem.kernels, Block(x, eye, tuple(jets))
+        kernels, block = self._problem.kernels, Block(x, None, tuple(jets))
         change = covariance_product(
             kernels, (block,), self._functionals, self.weights
         ).reshape(n, p)
@@ -214,6 +213,11 @@ class Solution(eqx.Module):
         return lx.linear_solve(
             operator, vector, self._linear_solver, state=self._factor, throw=False
         ).value
+
+    @property
+    def _gram_inverse(self) -> GramInverse:
+        kernels, functionals = self._problem.kernels, self._functionals
+        return GramInverse(kernels, functionals, self._linear_solver, self._factor)
 
     def _operators(self, operator: Callable | None) -> dict[str, Callable]:
         names, single = self._unknowns
@@ -307,11 +311,9 @@ def _spectrum(solution: Solution, num_products: int):
     if problem.z_size == 0:
         zero = jnp.zeros((), problem.dtype)
         return zero, zero
-    linearised = linearise(problem, z)
-    posterior = posterior_product(
-        problem, linearised, solution._linear_solver, solution._factor
-    )
-    curvature = lambda dz: curvature_product(problem, z, solution.weights, dz)
+    posterior = PosteriorCovariance(problem, solution._gram_inverse)
+    hessian = curvatures(problem, z, solution.weights)
+    curvature = lambda dz: block_product(problem, hessian, dz)
     return extreme_eigenvalues(posterior, curvature, z, num_products)
 
 
@@ -322,7 +324,7 @@ def _condition_number(solution: Solution, num_products: int):
     matrix = dense(GramOperator(kernels, solution._functionals, gamma))
     scale = jnp.sqrt(jnp.diagonal(matrix.as_matrix()))
     forwards = lambda v: matrix.mv(v / scale) / scale
-    backwards = lambda v: solution._solve(v * scale) * scale
+    backwards = lambda v: solution._gram_inverse(v * scale) * scale
     start = jnp.cos(jnp.arange(scale.shape[0], dtype=scale.dtype))
     largest = power_iteration(forwards, start, num_products)
     smallest_inverse = power_iteration(backwards, start, num_products)

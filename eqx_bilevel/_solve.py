@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ._adjoint import FixedPointAdjoint, FrozenAdjoint, without_gradient
 from ._closure import function_as_pytree
 from ._condition import Condition, GaussianProcess, is_concrete
-from ._gauss_newton import GaussNewton, representer_weights, smallest_nugget
+from ._gauss_newton import GaussNewton, Root, smallest_nugget
 from ._parameters import unwrap
 from ._problem import (
     build,
@@ -32,11 +32,11 @@ from ._results import RESULTS
 from ._solution import Solution
 
 
-def _fixed_point_residual(z, problem):
+def _residual(root, problem):
     # What the solve is about, as Optimistix sees it. `GaussNewton` gets all it needs
     # from the problem, so that this is only ever called for its output's shape.
     del problem
-    return z
+    return root
 
 
 def functions_as_pytrees(tree: PyTree) -> PyTree:
@@ -239,9 +239,9 @@ def solve_problem(
     if jitter is None:
         jitter = initial_jitter(problem)
     sol = optx.least_squares(
-        _fixed_point_residual,
+        _residual,
         solver,
-        start,
+        Root(start, jnp.zeros(problem.size, problem.dtype)),
         problem,
         options=dict(start=known, jitter=jitter),
         adjoint=adjoint,
@@ -276,7 +276,7 @@ def solution_at(
     prior: Any,
     conditions: list[Condition],
     problem: Problem,
-    z: Float[Array, " N"],
+    root: Root,
     next_z: Float[Array, " N"],
     factor: PyTree,
     jitter: Float[Array, ""],
@@ -284,19 +284,13 @@ def solution_at(
     result: RESULTS,
     stats: dict[str, Any],
 ) -> Solution:
-    # The solution of the problem linearised at z, differentiable in the problem and in
-    # z.
     of_use = (result == RESULTS.successful) | (
         result == RESULTS.nonlinear_max_steps_reached
     )
     # Steps may run out before any linearisation could be solved.
     of_use = of_use & jnp.invert(jnp.isinf(stats["change"]))
-    # After a failure everything is nan. None of it must reach a linear solve in reverse
-    # mode, where it would raise.
-    z = jnp.where(of_use, z, jax.lax.stop_gradient(z))
-    linearised = linearise(problem, z)
-    weights = representer_weights(problem, linearised, jitter, linear_solver, factor)
-    weights = jnp.where(of_use, weights, jnp.nan)
+    linearised = linearise(problem, root.z)
+    weights = jnp.where(of_use, root.weights, jnp.nan)
     stats = stats | _statistics(problem, linearised, weights, jitter)
     return Solution(
         prior=prior,
@@ -306,7 +300,7 @@ def solution_at(
         stats=without_gradient(stats),
         _problem=problem,
         _functionals=linearised.functionals,
-        _z=z,
+        _z=root.z,
         _next_z=next_z,
         _factor=factor,
         _linear_solver=linear_solver,

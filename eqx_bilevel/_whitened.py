@@ -12,10 +12,12 @@ from jaxtyping import Array, Float
 
 from ._adjoint import without_gradient
 from ._condition import Condition, GaussianProcess
+from ._gauss_newton import Root
 from ._gram import Block, covariance, dense, GramOperator
 from ._jets import residual
 from ._parameters import unwrap
 from ._problem import linearise, noise_variances, Problem
+from ._representer import representer_weights
 from ._results import RESULTS
 from ._solution import Solution
 from ._solve import checked, initial_jitter, sanitised, solution_at
@@ -109,11 +111,7 @@ def _root(covariance: Float[Array, "P P"]) -> Float[Array, "P P"]:
 def _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw):
     problem, fault = sanitised(*unwrap((prior, conditions)))
     jitter = initial_jitter(problem)
-    blocks = []
-    for r in problem.rows:
-        n, p = r.mean.shape
-        eye = jnp.broadcast_to(jnp.eye(p, dtype=problem.dtype), (n, p, p))
-        blocks.append(Block(r.points, eye, r.trace.jets))
+    blocks = [Block(r.points, None, r.trace.jets) for r in problem.rows]
     root = _root(covariance(problem.kernels, blocks, blocks))
     args = _Args(problem, root, noise_variances(problem, jitter))
     start = jnp.zeros(root.shape[1], problem.dtype)
@@ -133,6 +131,9 @@ def _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw):
     linear_solver = lx.Cholesky()
     fixed = without_gradient((problem, z, jitter))
     factor = _factor(fixed[0], fixed[1], fixed[2], linear_solver)
+    weights = representer_weights(
+        problem, linearise(problem, z), jitter, linear_solver, factor
+    )
     result = RESULTS.promote(sol.result)
     result = RESULTS.where(fault != RESULTS.successful, fault, result)
     nothing = jnp.full((), jnp.nan, problem.dtype)
@@ -146,7 +147,7 @@ def _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw):
         prior,
         conditions,
         problem,
-        z,
+        Root(z, weights),
         z,
         factor,
         jitter,

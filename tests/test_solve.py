@@ -227,7 +227,9 @@ def test_globalisation(mean, noise):
 # The eigenvalue of largest absolute value is -0.13 and -1.5: in the second, full steps
 # move away from the solution. Rounding hides changes of the objective long before the
 # tolerance is reached.
-@pytest.mark.parametrize("strength, amplitude", [(30.0, 4.0), (100.0, 5.0)])
+@pytest.mark.parametrize(
+    "strength, amplitude", [(30.0, 4.0), (100.0, 5.0), (100.0, 6.0)]
+)
 def test_success_means_converged(strength, amplitude):
     theta = {
         **mild.theta,

@@ -2,6 +2,7 @@ from ._blocks import (
     Block as Block,
     covariance as covariance,
     covariance_product as covariance_product,
+    Kernels as Kernels,
     variances as variances,
 )
 from ._operator import dense as dense, GramOperator as GramOperator

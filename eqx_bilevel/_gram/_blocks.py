@@ -1,6 +1,7 @@
 """Linear functionals of Gaussian processes, and their covariances by blocks of rows."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -22,13 +23,19 @@ _PAIRS_AT_ONCE = 2**17
 class Block(eqx.Module):
     # `q` functionals at each of `n` points, each a combination of the same `p` entries
     # of the unknowns' jets there. Functionals are counted point by point.
+    # Without coefficients they are those entries themselves.
     points: Float[Array, "n d"]
-    coefficients: Float[Array, "n q p"]
+    coefficients: Float[Array, "n q p"] | None
     jets: tuple[tuple[str, Index], ...] = eqx.field(static=True)
 
     @property
     def size(self) -> int:
-        return self.coefficients.shape[0] * self.coefficients.shape[1]
+        return self.points.shape[0] * self.at_each
+
+    @property
+    def at_each(self) -> int:
+        c = self.coefficients
+        return len(self.jets) if c is None else c.shape[1]
 
 
 def _by_unknown(block: Block) -> dict[str, dict[Index, int]]:
@@ -54,10 +61,8 @@ def _covariance(kernels: Kernels, left: Block, right: Block, left_side, right_si
     sides, coefficients = left_side
     other_sides, other_coefficients = right_side
     others = _by_unknown(right)
-    total = [
-        [jnp.zeros((), coefficients.dtype)] * other_coefficients.shape[0]
-        for _ in range(coefficients.shape[0])
-    ]
+    zero = jnp.zeros((), left.points.dtype)
+    total = [[zero] * right.at_each for _ in range(left.at_each)]
     for name, indices in _by_unknown(left).items():
         if name not in others:
             continue
@@ -70,11 +75,15 @@ def _covariance(kernels: Kernels, left: Block, right: Block, left_side, right_si
         )
         for (a, b), entry in table.items():
             i, j = indices[a], others[name][b]
-            for q, row in enumerate(total):
-                for r in range(len(row)):
-                    weight = coefficients[q, i] * other_coefficients[r, j]
-                    row[r] = row[r] + weight * entry
+            for q, c in _column(coefficients, i):
+                for r, d in _column(other_coefficients, j):
+                    total[q][r] = total[q][r] + c * d * entry
     return jnp.stack([jnp.stack(row) for row in total])
+
+
+def _column(coefficients, i: int) -> list[tuple[int, Any]]:
+    # Which functionals have entry `i` of the jet, and with which coefficients.
+    return [(i, 1.0)] if coefficients is None else list(enumerate(coefficients[:, i]))
 
 
 def _map_rows(fn, rows, columns: int):
@@ -105,7 +114,7 @@ def _block_matrix(kernels: Kernels, left: Block, right: Block) -> Float[Array, "
 
 def _block_product(kernels: Kernels, left: Block, right: Block, vector):
     right_sides = _sides(kernels, right)
-    vectors = vector.reshape(right.coefficients.shape[:2])
+    vectors = vector.reshape(right.points.shape[0], right.at_each)
 
     def row(left_side):
         fn = lambda side, v: _covariance(kernels, left, right, left_side, side) @ v

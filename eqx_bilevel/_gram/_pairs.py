@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array
 
 from .._jets import derivative, Index
@@ -29,17 +30,11 @@ from .._kernels import (
     Sum,
 )
 from .._parameters import value_of
+from ._series import closure, propagate, Scope, Series, Unsupported
 
 
 # {(a, b): derivative a in the first argument and b in the second}
 Table = dict[tuple[Index, Index], Any]
-
-
-def closure(indices: Iterable[Index]) -> tuple[Index, ...]:
-    # All indices below some of the given ones, lower ones first.
-    below = lambda index: it.product(*[range(n + 1) for n in index])
-    found = {lower for index in indices for lower in below(index)}
-    return tuple(sorted(found, key=lambda index: (sum(index), index)))
 
 
 @ft.singledispatch
@@ -55,6 +50,13 @@ def pairs(
     left: Any,
     right: Any,
 ) -> Table:
+    scope = _scope(left_indices, right_indices)
+    x, y = _coordinates(scope, left, 0), _coordinates(scope, right, 1)
+    try:
+        (k,) = propagate(kernel, (x, y), (left, right)).reshape(-1)
+        return _table(k, left_indices, right_indices)
+    except Unsupported:
+        pass
     # Automatic differentiation of k(x, y).
     out = {}
     for a in left_indices:
@@ -62,6 +64,39 @@ def pairs(
             inner = lambda x, b=b: derivative(lambda y: kernel(x, y), b)(right)
             out[a, b] = derivative(inner, a)(left)
     return out
+
+
+# More operations on numbers than that would take too long to compile.
+_BUDGET = 4000
+
+
+def _scope(left_indices, right_indices) -> Scope:
+    return Scope(left_indices, right_indices, _BUDGET)
+
+
+def _unit(dim: int, axis: int) -> Index:
+    return tuple(int(d == axis) for d in range(dim))
+
+
+def _coordinates(scope: Scope, x: Array, side: int) -> np.ndarray:
+    # A point, as numbers that know that they are its coordinates.
+    dim = x.shape[0]
+    out = np.empty(dim, object)
+    for axis in range(dim):
+        key = list(scope.zero)
+        key[side] = _unit(dim, axis)
+        terms = {scope.zero: x[axis], tuple(key): 1.0}
+        out[axis] = Series(scope, {k: v for k, v in terms.items() if k in scope.keys})
+    return out
+
+
+def _table(k: Any, left_indices, right_indices) -> Table:
+    k = k if isinstance(k, Series) else None
+    zero = jnp.zeros_like(k.value)
+    return {
+        (a, b): jnp.asarray(k.terms.get((a, b), zero), zero.dtype)
+        for a, b in it.product(left_indices, right_indices)
+    }
 
 
 #
@@ -143,15 +178,47 @@ def _(kernel: AbstractFeatureKernel, indices, x):
 
 @pairs.register
 def _(kernel: AbstractFeatureKernel, left_indices, right_indices, left, right):
+    zero = (0,) * len(left_indices[0])
+    scope = _scope(left_indices, right_indices)
+    f, g = _features(scope, kernel, left, 0), _features(scope, kernel, right, 1)
+    leaves_f, treedef = jtu.tree_flatten(left[zero])
+    leaves_g = jtu.tree_leaves(right[zero])
+
+    def fn(*leaves):
+        n = len(leaves_f)
+        f, g = jtu.tree_unflatten(treedef, leaves[:n]), leaves[n:]
+        return kernel.pair(f, jtu.tree_unflatten(treedef, g))
+
+    try:
+        (k,) = propagate(fn, (*f, *g), (*leaves_f, *leaves_g)).reshape(-1)
+        return _table(k, left_indices, right_indices)
+    except Unsupported:
+        pass
+
     def start(left, right):
-        dim = len(left_indices[0])
-        return kernel.pair(left[(0,) * dim], right[(0,) * dim])
+        return kernel.pair(left[zero], right[zero])
 
     out = {}
     for a in left_indices:
         for b in right_indices:
             inner = lambda left, b=b: _total(lambda r: start(left, r), b)(right)
             out[a, b] = _total(inner, a)(left)
+    return out
+
+
+def _features(scope: Scope, kernel: AbstractFeatureKernel, side: dict, which: int):
+    # The features of one point, as numbers that know their derivatives.
+    zero = scope.zero[which]
+    out = []
+    for position, leaf in enumerate(jtu.tree_leaves(side[zero])):
+        numbers = np.empty(leaf.shape, object)
+        for i in np.ndindex(leaf.shape):
+            terms = {}
+            for index, features in side.items():
+                key = (index, scope.zero[1]) if which == 0 else (scope.zero[0], index)
+                terms[key] = jtu.tree_leaves(features)[position][i]
+            numbers[i] = Series(scope, terms)
+        out.append(numbers)
     return out
 
 
