@@ -197,7 +197,9 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
     [`eqx_bilevel.solve`][] states, and for no others. In contrast to
     `optimistix.GaussNewton` it is globalised: steps are shortened until they decrease
     the objective. This costs next to nothing since the objective along a step is known
-    without evaluating the kernel again.
+    without evaluating the kernel again. Close to the minimum, where rounding hides how
+    the objective changes, Anderson acceleration takes over. It converges also where
+    full steps would not.
 
     It has converged when a full step would change the unknown's values at the points
     (those which enter some operator nonlinearly) by less than the tolerance, or by no

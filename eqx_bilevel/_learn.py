@@ -34,7 +34,7 @@ from ._quasi_newton import BoundedBFGS
 from ._results import RESULTS
 from ._scale import rescaled, search_scale
 from ._solution import Solution
-from ._solve import checked
+from ._solve import checked, functions_as_pytrees, solve
 
 
 _Optimiser = (
@@ -91,9 +91,10 @@ def learn(
     steps: int = 1000,
     scale_search: int | bool = True,
     solver: GaussNewton = GaussNewton(),
-    max_inner_steps: int = 50,
+    max_inner_steps: int = 20,
     rtol: float = 1e-3,
     patience: int | None = None,
+    pool: bool = False,
     key: PRNGKeyArray | None = None,
     verbose: bool | Callable[[dict[str, Any]], None] = False,
     throw: bool = True,
@@ -107,7 +108,10 @@ def learn(
 
     This is a Python loop around compiled steps, and cannot itself be compiled. Steps at
     which the objective is not finite, or whose inner solve fails, are taken back and
-    shortened; each inner solve starts from where the last one ended.
+    shortened; each inner solve starts from where the last one ended. An automatic
+    nugget is held while the optimiser runs, so that it sees one smooth function, and
+    is only raised where it must be. Once the optimiser has converged, a smaller one is
+    tried.
 
     **Arguments:**
 
@@ -132,9 +136,12 @@ def learn(
         linearised solve.
     - `rtol`, `patience`: Stop if the objective has not decreased by this factor in that
         many accepted steps. Default: 3 steps for Optimistix, 200 for Optax.
+    - `pool`: Whether the validation points join the conditions for the solution that is
+        returned. It is solved for once more, with the same hyperparameters.
     - `key`: A JAX random key, for objectives with batches.
     - `verbose`: Whether to print one line for each step; or a function that is called
-        with a dictionary, whose entries are those of `history`, and `step`.
+        with a dictionary, whose entries are those of `history`, and `step`. That is
+        zero during the scale search, which has a `lengthscale` in addition.
     - `throw`: Whether to raise an error if nothing could be learned.
 
     **Returns:**
@@ -156,6 +163,8 @@ def learn(
         )
     if objective.batched and key is None:
         raise ValueError("`key` is needed, since the objective uses random batches.")
+    objective.check(conditions)
+    objective = functions_as_pytrees(objective)
     task = Task(None, objective, solver, adjoint, max_inner_steps)
     # The search may give a kernel a scale that it had not.
     scaled = rescaled(prior, jnp.array(1.0)) if scale_search else prior
@@ -165,17 +174,16 @@ def learn(
     tried: list[tuple[float, float]] = []
     if scale_search:
         num = 8 if scale_search is True else scale_search
-        prior, tried = _search(prior, conditions, task, num)
+        prior, tried = _search(prior, conditions, task, num, record)
     theta, task = _separate(prior, conditions, task)
-    if isinstance(optimiser, optax.GradientTransformation):
-        key = jax.random.key(0) if key is None else key
-        run = _run_optax(optimiser, theta, task, steps, key)
-        patience = 200 if patience is None else patience
-    else:
-        run = _run_optimistix(optimiser, theta, task, steps)
-        patience = 3 if patience is None else patience
-    converged = _follow(run, record, rtol, patience)
+    if patience is None:
+        patience = 200 if isinstance(optimiser, optax.GradientTransformation) else 3
+    converged = _minimise(
+        optimiser, theta, task, steps, key, record, rtol, patience, bool(tried)
+    )
     learned = _finish(theta, task, record, converged, tried)
+    if pool:
+        learned = _pool(learned, objective, solver)
     failed = learned.solution.result != RESULTS.successful
     if throw and (failed or not np.isfinite(learned.objective)):
         message = RESULTS[learned.solution.result] or "The objective is not finite."
@@ -220,7 +228,7 @@ def _with_inner_steps(task: Task, num: int) -> Task:
 
 # Enough for the scale search, where a solve that needs more is at a bad scale, and most
 # often for the last solve, which starts where another ended.
-_FEW_INNER_STEPS = 15
+_FEW_INNER_STEPS = 10
 _MANY_INNER_STEPS = 100
 
 
@@ -254,8 +262,32 @@ class _Record:
         self.verbose = verbose
         self.start = time.perf_counter()
         self.rows: list[dict[str, Any]] = []
-        self.best = np.inf
+        self.best = self.searched = np.inf
         self.outcome: Outcome | None = None
+
+    def add_search(self, length: float, outcome: Outcome) -> None:
+        objective = float(outcome.objective)
+        self.searched = np.fmin(self.searched, objective)
+        seconds = time.perf_counter() - self.start
+        report = dict(
+            step=0,
+            lengthscale=length,
+            seconds=seconds,
+            objective=objective,
+            best=self.searched,
+            batch=np.nan,
+            accepted=False,
+            inner_steps=int(outcome.inner_steps),
+            jitter=float(outcome.jitter),
+        )
+        if callable(self.verbose):
+            self.verbose(report)
+        elif self.verbose:
+            print(
+                "scale search  lengthscale {lengthscale:.3e}   "
+                "objective {objective:.6e}   {seconds:.1f} s".format(**report),
+                flush=True,
+            )
 
     def add(self, outcome: Outcome | None, batch: float, accepted: bool) -> None:
         objective = np.nan if outcome is None else float(outcome.objective)
@@ -281,12 +313,13 @@ class _Record:
                 flush=True,
             )
 
-    def stalled(self, rtol: float, patience: int) -> bool:
+    def stalled(self, rtol: float, patience: int, since: int) -> bool:
         # Steps that were not accepted are shortened, and say little.
-        rejected = [row["accepted"] for row in self.rows[-_MOST_REJECTED:]]
+        rows = self.rows[since:]
+        rejected = [row["accepted"] for row in rows[-_MOST_REJECTED:]]
         if len(rejected) == _MOST_REJECTED and not any(rejected):
             return True
-        best = [row["best"] for row in self.rows if row["accepted"]]
+        best = [row["best"] for row in rows if row["accepted"]]
         return len(best) > patience and best[-1] >= (1 - rtol) * best[-1 - patience]
 
     def history(self) -> dict[str, np.ndarray]:
@@ -294,16 +327,68 @@ class _Record:
         return {name: np.array([row[name] for row in self.rows]) for name in names}
 
 
-def _follow(run, record: _Record, rtol: float, patience: int) -> bool:
+def _minimise(
+    optimiser, theta, task, steps, key, record: _Record, rtol, patience, searched
+) -> bool:
+    # In stages, each with its own automatic nugget: if that changed from step to step,
+    # its jumps would make local minima. Returns whether the last stage converged.
+    start = cold_start(theta, task)
+    smallest = start.jitter
+    few = _with_inner_steps(task, _FEW_INNER_STEPS)
+    if isinstance(optimiser, BoundedBFGS) and not searched:
+        theta = _better_side(optimiser, theta, task, few, start)
+    while True:
+        before, since = record.best, len(record.rows)
+        left = steps - since
+        if isinstance(optimiser, optax.GradientTransformation):
+            key = jax.random.key(0) if key is None else key
+            stage = jax.random.fold_in(key, since)
+            run = _run_optax(optimiser, theta, task, start, left, stage)
+        else:
+            run = _run_optimistix(optimiser, theta, task, start, left)
+        converged = _follow(run, record, rtol, patience, since)
+        best = record.outcome
+        improved = record.best < (1 - rtol) * before
+        enough = len(record.rows) >= steps or not (converged and improved)
+        if best is None or enough or best.jitter <= smallest:
+            return converged
+        _, outcome = evaluate(best.theta, few, _warm(best, smallest))
+        if outcome.jitter >= best.jitter:
+            return converged
+        theta, start = best.theta, _warm(outcome, outcome.jitter)
+        if isinstance(optimiser, BoundedBFGS):  # It is close by now.
+            optimiser = optimiser.with_max_length(0.1)
+
+
+def _better_side(optimiser, theta, task: Task, few: Task, start: Start) -> PyTree:
+    # Far from a minimum the gradient may point the wrong way, since the objective is a
+    # plateau there: for instance if lengthscales are shorter than what is between
+    # points, or if rounding decides. Look at both sides of the first step.
+    vector, unravel = ravel_pytree(theta)
+    state = optimistix_init(optimiser, theta, task, start)
+    step = _attempt(optimistix_step, optimiser, state, vector, theta, task, start)
+    if step is None:
+        return theta
+
+    def value(v):
+        objective = float(evaluate(unravel(v), few, start)[1].objective)
+        return objective if np.isfinite(objective) else np.inf
+
+    opposite = 2 * vector - step.vector
+    here, there, back = value(vector), value(step.vector), value(opposite)
+    return unravel(opposite) if back < min(here, there) else theta
+
+
+def _follow(run, record: _Record, rtol: float, patience: int, since: int) -> bool:
     for outcome, batch, accepted, done in run:
         record.add(outcome, batch, accepted)
-        if done or record.stalled(rtol, patience):
+        if done or record.stalled(rtol, patience, since):
             return True
     return False
 
 
-def _warm(outcome: Outcome) -> Start:
-    return Start(outcome.next_z, jnp.array(False))
+def _warm(outcome: Outcome, jitter) -> Start:
+    return Start(outcome.next_z, jnp.array(False), jitter)
 
 
 def _attempt(step: Callable, *args: Any) -> Any:
@@ -315,9 +400,8 @@ def _attempt(step: Callable, *args: Any) -> Any:
         return None
 
 
-def _run_optax(optimiser, theta, task, steps, key):
+def _run_optax(optimiser, theta, task, start, steps, key):
     opt_state = optimiser.init(theta)
-    start = cold_start(theta, task)
     last, length = None, 1.0
     for i in range(steps):
         key_i = jax.random.fold_in(key, i)
@@ -327,7 +411,8 @@ def _run_optax(optimiser, theta, task, steps, key):
         else:
             yield step.outcome, float(step.value), bool(step.ok), False
         if step is not None and bool(step.ok):
-            start, opt_state = _warm(step.outcome), step.opt_state
+            start = _warm(step.outcome, step.outcome.jitter)
+            opt_state = step.opt_state
             last, length = (theta, step.updates), min(1.0, 2 * length)
         else:
             # Shorten the step that led here, if there is one.
@@ -338,8 +423,7 @@ def _run_optax(optimiser, theta, task, steps, key):
         theta = eqx.apply_updates(base, jax.tree.map(lambda u: length * u, updates))
 
 
-def _run_optimistix(optimiser, theta, task, steps):
-    start = cold_start(theta, task)
+def _run_optimistix(optimiser, theta, task, start, steps):
     vector, _ = ravel_pytree(theta)
     state, done = optimistix_init(optimiser, theta, task, start), False
     last = np.nan
@@ -353,14 +437,16 @@ def _run_optimistix(optimiser, theta, task, steps):
         # After the last step, one more tells how good its result is.
         yield step.outcome, objective, ok, done
         vector, state, done = step.vector, step.state, bool(step.done)
-        start, last = (_warm(step.outcome), objective) if ok else (start, last)
+        if ok:
+            start, last = _warm(step.outcome, step.outcome.jitter), objective
 
 
-def _search(prior, conditions, task: Task, num: int):
-    def value(candidate):
+def _search(prior, conditions, task: Task, num: int, record: _Record):
+    def value(length, candidate):
         few = _with_inner_steps(task, _FEW_INNER_STEPS)
         theta, scaled = _separate(candidate, conditions, few)
         _, outcome = evaluate(theta, scaled, cold_start(theta, scaled))
+        record.add_search(length, outcome)
         objective = float(outcome.objective)
         return objective if np.isfinite(objective) else np.inf
 
@@ -371,7 +457,8 @@ def _finish(theta, task: Task, record: _Record, converged: bool, tried) -> Learn
     if record.outcome is None:
         start = cold_start(theta, task)
     else:
-        theta, start = record.outcome.theta, _warm(record.outcome)
+        best = record.outcome
+        theta, start = best.theta, _warm(best, best.jitter)
     few = _with_inner_steps(task, _FEW_INNER_STEPS)
     solution, outcome = evaluate(theta, few, start)
     if solution.result != RESULTS.successful:
@@ -387,3 +474,10 @@ def _finish(theta, task: Task, record: _Record, converged: bool, tried) -> Learn
         history=record.history(),
         scale_search=tried,
     )
+
+
+def _pool(learned: Learned, objective: AbstractObjective, solver) -> Learned:
+    conditions = objective.pooled(learned.conditions)
+    start = learned.solution
+    solution = solve(learned.prior, conditions, solver, initial=start, throw=False)
+    return dataclasses.replace(learned, conditions=conditions, solution=solution)

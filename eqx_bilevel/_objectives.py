@@ -1,6 +1,7 @@
 """What the outer problem minimises."""
 
 import abc
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
@@ -32,6 +33,14 @@ class AbstractObjective(eqx.Module):
     @abc.abstractmethod
     def batched(self) -> bool:
         """Whether `batch` returns less than the whole."""
+
+    @abc.abstractmethod
+    def check(self, conditions: Sequence[Condition]) -> None:
+        """Raises a `ValueError` if it cannot be about solutions of these conditions."""
+
+    @abc.abstractmethod
+    def pooled(self, conditions: Sequence[Condition]) -> list[Condition]:
+        """The conditions, with the objective's data added to them."""
 
     def __call__(self, solution: Solution) -> Float[Array, ""]:
         """The value of the objective."""
@@ -65,6 +74,15 @@ class _WeightedSum(AbstractObjective):
     @property
     def batched(self):
         return any(o.batched for o in self.objectives)
+
+    def check(self, conditions):
+        for objective in self.objectives:
+            objective.check(conditions)
+
+    def pooled(self, conditions):
+        for objective in self.objectives:
+            conditions = objective.pooled(conditions)
+        return list(conditions)
 
 
 class ValidationResidual(AbstractObjective):
@@ -125,7 +143,30 @@ class ValidationResidual(AbstractObjective):
     def batched(self) -> bool:
         return self.batch_size is not None
 
-    def _find(self, conditions: list[Condition]) -> Condition:
+    def check(self, conditions: Sequence[Condition]) -> None:
+        condition = self._find(conditions)
+        if self.points.shape[1] != condition.points.shape[1]:
+            raise ValueError(
+                f"The validation points have {self.points.shape[1]} dimension(s), but "
+                f"those of the conditions have {condition.points.shape[1]}."
+            )
+
+    def pooled(self, conditions: Sequence[Condition]) -> list[Condition]:
+        condition = self._find(conditions)
+        target = condition.target if self.target is None else self.target
+        at = lambda t, x: jax.vmap(t)(x) if callable(t) else t
+        n, m = len(condition.points), len(self.points)
+        both = jax.tree.map(
+            lambda a, b: jnp.concatenate([_each_point(a, n), _each_point(b, m)]),
+            at(condition.target, condition.points),
+            at(target, self.points),
+        )
+        points = jnp.concatenate([condition.points, self.points])
+        where = lambda c: (c.points, c.target)
+        more = eqx.tree_at(where, condition, (points, both))
+        return [more if c is condition else c for c in conditions]
+
+    def _find(self, conditions: Sequence[Condition]) -> Condition:
         names = [condition_name(c, i) for i, c in enumerate(conditions)]
         name = names[0] if self.condition is None else self.condition
         if name not in names:
@@ -143,6 +184,11 @@ class ValidationResidual(AbstractObjective):
                 "`target`."
             )
         return condition
+
+
+def _each_point(target: Array, num_points: int) -> Array:
+    one = jnp.ndim(target) == 0
+    return jnp.full(num_points, target) if one else target
 
 
 ValidationResidual.__init__.__doc__ = """**Arguments:**

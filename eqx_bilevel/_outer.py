@@ -19,7 +19,7 @@ from ._parameters import unwrap
 from ._problem import prior_z
 from ._results import RESULTS
 from ._solution import Solution
-from ._solve import sanitised, solve_problem
+from ._solve import initial_jitter, sanitised, solve_problem
 
 
 class Task(eqx.Module):
@@ -35,6 +35,7 @@ class Start(eqx.Module):
     # Where an inner solve starts.
     z: Float[Array, " N"]
     cold: Bool[Array, ""]  # at the prior's mean instead
+    jitter: Float[Array, ""]  # at least
 
 
 class Outcome(eqx.Module):
@@ -60,6 +61,7 @@ def solve_at(theta: PyTree, task: Task, start: Start) -> Solution:
         task.adjoint,
         jax.lax.stop_gradient(z),
         start.cold,
+        start.jitter,
         max_steps=task.max_inner_steps,
     )
 
@@ -84,7 +86,7 @@ def evaluate(theta: PyTree, task: Task, start: Start) -> tuple[Solution, Outcome
 @eqx.filter_jit
 def cold_start(theta: PyTree, task: Task) -> Start:
     problem, _ = sanitised(*unwrap(eqx.combine(theta, task.rest)))
-    return Start(prior_z(problem), jnp.array(True))
+    return Start(prior_z(problem), jnp.array(True), initial_jitter(problem))
 
 
 #

@@ -184,7 +184,7 @@ def build(prior, conditions: Sequence[Condition]) -> Problem:
         mean = jets_of(means, trace.jets, condition.points)
         target = target_array(condition.target, trace, condition.points, name)
         scale = _scale(kernels, condition, unknowns, trace, mean)
-        variance = _variance(condition, scale)
+        variance, scale = _variance(condition, scale)
         rows.append(
             Rows(
                 condition.operator,
@@ -268,12 +268,13 @@ def _scale(kernels, condition: Condition, unknowns, trace, mean) -> Float[Array,
     return jnp.mean(variances(kernels, [block]))
 
 
-def _variance(condition: Condition, scale) -> Float[Array, ""]:
+def _variance(condition: Condition, scale) -> tuple[Array, Array]:
+    # What is given, and what jitter multiplies.
     weight = 1.0 if condition.weight is None else value_of(condition.weight)
     if condition.noise is not None:
-        return value_of(condition.noise) ** 2 / weight
+        return value_of(condition.noise) ** 2 / weight, scale / weight
     nugget = 0.0 if condition.nugget is None else value_of(condition.nugget)
-    return nugget * scale / weight
+    return nugget * scale / weight, scale / weight
 
 
 #

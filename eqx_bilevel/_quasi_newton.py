@@ -18,7 +18,7 @@ class _BoundedState(eqx.Module):
 class _BoundedNewtonDescent(optx.AbstractDescent):
     # The Newton direction, but no longer than `max_length`. The first step has just
     # that length, since before it nothing is known of the curvature.
-    max_length: float
+    max_length: Array
 
     def init(self, y, f_info_struct):
         return _BoundedState(y, jnp.array(True))
@@ -26,8 +26,9 @@ class _BoundedNewtonDescent(optx.AbstractDescent):
     def query(self, y, f_info, state):
         newton = f_info.hessian_inv.mv(f_info.grad)
         length = optx.two_norm(newton)
-        bounded = (length > self.max_length) | state.first
-        scale = jnp.where(bounded, self.max_length / jnp.maximum(length, 1e-30), 1)
+        longest = self.max_length.astype(length.dtype)
+        bounded = (length > longest) | state.first
+        scale = jnp.where(bounded, longest / jnp.maximum(length, 1e-30), 1)
         return _BoundedState((scale * newton**ω).ω, jnp.array(False))
 
     def step(self, step_size, state):
@@ -63,9 +64,12 @@ class BoundedBFGS(optx.AbstractBFGS):
         self.atol = atol
         self.norm = norm
         self.use_inverse = True
-        self.descent = _BoundedNewtonDescent(max_length)
+        self.descent = _BoundedNewtonDescent(jnp.asarray(max_length))
         self.search = optx.BacktrackingArmijo()
         self.verbose = _silent
+
+    def with_max_length(self, max_length: float) -> "BoundedBFGS":
+        return BoundedBFGS(self.rtol, self.atol, self.norm, max_length)
 
 
 BoundedBFGS.__init__.__doc__ = """**Arguments:**

@@ -56,7 +56,7 @@ def _typical_length(prior, points):
 def search_scale(
     prior: Any,
     conditions: Sequence[Condition],
-    value: Callable[[Any], float],
+    value: Callable[[float, Any], float],
     num: int,
 ) -> tuple[Any, list[tuple[float, float]]]:
     # Returns the rescaled prior with the smallest value, and all (length, value) tried:
@@ -71,7 +71,8 @@ def search_scale(
         return rescaled(prior, jnp.where(jnp.isfinite(factor), factor, 1.0))
 
     def attempt(lengths):
-        tried.extend((float(length), value(at(length))) for length in lengths)
+        for length in map(float, lengths):
+            tried.append((length, value(length, at(length))))
         return min(tried, key=lambda pair: pair[1])
 
     coarse = scales(conditions, num)

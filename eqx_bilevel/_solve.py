@@ -124,6 +124,7 @@ def _solve(prior, conditions, solver, adjoint, initial, max_steps, throw):
         adjoint,
         start,
         known,
+        initial_jitter(problem),
         max_steps=max_steps,
     )
     if throw:
@@ -183,7 +184,9 @@ def sanitised(prior, conditions) -> tuple[Problem, RESULTS]:
     finite += [jnp.all(jnp.isfinite(r.target)) for r in problem.rows]
     targets = [cure(r.target) for r in problem.rows]
     problem = eqx.tree_at(lambda p: [r.target for r in p.rows], problem, targets)
-    no_scale = [noise_variances(problem, jnp.ones((), problem.dtype)).min() <= 0]
+    # Not a comparison with <=, which nan would pass.
+    least = noise_variances(problem, jnp.ones((), problem.dtype)).min()
+    no_scale = [jnp.invert(least > 0)]
     result = RESULTS.successful
     for faults, kind in (
         (no_scale, RESULTS.no_scale),
@@ -229,15 +232,14 @@ def solve_problem(
     adjoint: optx.AbstractAdjoint,
     start: Float[Array, " N"],
     known: Bool[Array, ""],
-    jitter: Float[Array, ""] | None = None,
+    jitter: Float[Array, ""],
     *,
     max_steps: int,
 ) -> Solution:
-    # `known`: whether the start is the prior's mean. Never raises.
+    # `known`: whether the start is the prior's mean. `jitter`: the least that is tried.
+    # Never raises.
     if problem.z_size == 0:
         adjoint = FrozenAdjoint()  # Exact: there is nothing to linearise.
-    if jitter is None:
-        jitter = initial_jitter(problem)
     sol = optx.least_squares(
         _residual,
         solver,
@@ -289,7 +291,10 @@ def solution_at(
     )
     # Steps may run out before any linearisation could be solved.
     of_use = of_use & jnp.invert(jnp.isinf(stats["change"]))
-    linearised = linearise(problem, root.z)
+    # After a failure everything is nan. None of it must reach a linear solve in reverse
+    # mode, where it would raise.
+    z = jnp.where(of_use, root.z, jax.lax.stop_gradient(root.z))
+    linearised = linearise(problem, z)
     weights = jnp.where(of_use, root.weights, jnp.nan)
     stats = stats | _statistics(problem, linearised, weights, jitter)
     return Solution(
@@ -300,7 +305,7 @@ def solution_at(
         stats=without_gradient(stats),
         _problem=problem,
         _functionals=linearised.functionals,
-        _z=root.z,
+        _z=z,
         _next_z=next_z,
         _factor=factor,
         _linear_solver=linear_solver,

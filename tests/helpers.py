@@ -179,8 +179,9 @@ class Oracle(eqx.Module):
                 variance = noise**2
             else:
                 variance = scale * (0.0 if nugget is None else nugget)
+            variance = variance + self.jitter * scale
             variance = variance / (1.0 if weight is None else weight)
-            out.append(jnp.full(len(jacobian), variance + self.jitter * scale))
+            out.append(jnp.full(len(jacobian), variance))
         return jnp.concatenate(out)
 
     def stated(self) -> "Stated":

@@ -72,7 +72,9 @@ def derivatives(name: str) -> Derivatives:
 
 
 def zeros(theta):
-    return jax.tree.map(jnp.zeros_like, eqx.filter(theta, eqx.is_inexact_array))
+    # Not `zeros_like`, which keeps weak types: each kind would compile anew.
+    zero = lambda x: jnp.zeros(x.shape, x.dtype)
+    return jax.tree.map(zero, eqx.filter(theta, eqx.is_inexact_array))
 
 
 @ft.cache

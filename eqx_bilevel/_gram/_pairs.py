@@ -2,7 +2,8 @@
 
 Two functions, each with a rule per kind of kernel. `one_sided` is what can be computed
 at each point on its own; `pairs` is what is left for each pair of points. A kernel
-without a rule is differentiated automatically.
+without a rule is traced and goes through the arithmetic of `_series.py`; or through
+nested automatic differentiation, if it has operations which that does not know.
 """
 
 import functools as ft
@@ -165,9 +166,7 @@ def _radial(index: Index, slopes, curvatures, profile):
 #
 # Feature kernels: k = pair(f(x), f(y)).
 #
-# The features' derivatives are computed once for each point. A function F of the
-# features and of their derivatives is differentiated along the points' dimension i by
-# moving each derivative f^(a) in the direction f^(a + e_i).
+# The features' derivatives are computed once for each point.
 #
 
 
@@ -194,10 +193,10 @@ def _(kernel: AbstractFeatureKernel, left_indices, right_indices, left, right):
         return _table(k, left_indices, right_indices)
     except Unsupported:
         pass
-
-    def start(left, right):
-        return kernel.pair(left[zero], right[zero])
-
+    # Automatic differentiation. A function F of the features and of their derivatives
+    # is differentiated along the points' dimension i by moving each derivative f^(a) in
+    # the direction f^(a + e_i).
+    start = lambda left, right: kernel.pair(left[zero], right[zero])
     out = {}
     for a in left_indices:
         for b in right_indices:
@@ -208,15 +207,22 @@ def _(kernel: AbstractFeatureKernel, left_indices, right_indices, left, right):
 
 def _features(scope: Scope, kernel: AbstractFeatureKernel, side: dict, which: int):
     # The features of one point, as numbers that know their derivatives.
-    zero = scope.zero[which]
+    derivatives = {index: jtu.tree_leaves(leaves) for index, leaves in side.items()}
+    values = derivatives[scope.zero[which]]
+    dim, dtype = len(scope.zero[which]), values[0].dtype
+    jaxpr = jax.make_jaxpr(kernel.features)(jax.ShapeDtypeStruct((dim,), dtype)).jaxpr
     out = []
-    for position, leaf in enumerate(jtu.tree_leaves(side[zero])):
-        numbers = np.empty(leaf.shape, object)
-        for i in np.ndindex(leaf.shape):
+    for position, (value, var) in enumerate(zip(values, jaxpr.outvars)):
+        if var is jaxpr.invars[0]:  # The point itself is one: most derivatives vanish.
+            out.append(_coordinates(scope, value, which))
+            continue
+        numbers = np.empty(value.shape, object)
+        for i in np.ndindex(value.shape):
             terms = {}
-            for index, features in side.items():
-                key = (index, scope.zero[1]) if which == 0 else (scope.zero[0], index)
-                terms[key] = jtu.tree_leaves(features)[position][i]
+            for index, leaves in derivatives.items():
+                key = list(scope.zero)
+                key[which] = index
+                terms[tuple(key)] = leaves[position][i]
             numbers[i] = Series(scope, terms)
         out.append(numbers)
     return out
