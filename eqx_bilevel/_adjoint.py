@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools as ft
+from typing import Any
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -151,7 +152,7 @@ class _Elimination(lx.AbstractLinearSolver):
     # For Jacobians of the two functions above, and nothing else.
     linear_solver: lx.AbstractLinearSolver | None  # for z, if it is not fixed
 
-    def init(self, operator, options):
+    def init(self, operator: Any, options):
         del options
         (z, weights), (_, residual, inputs) = operator.x, operator.args
         problem, factor = _problem(inputs), _state(residual).factor
@@ -181,12 +182,14 @@ class _Elimination(lx.AbstractLinearSolver):
         return jax.tree.map(clean, root), result, {}
 
     def _eliminate(self, state: _System, vector: Root):
+        assert self.linear_solver is not None
+        assert state.posterior is not None and state.hessian is not None
         inverse, posterior, rows = (
             state.gram_inverse,
             state.posterior,
             state.posterior.rows,
         )
-        hessian = lambda dz: block_product(state.problem, state.hessian, dz)
+        hessian = ft.partial(block_product, state.problem, state.hessian)
         if state.transposed:
             reduced = vector.z - hessian(rows @ inverse(vector.weights))
             product = lambda dz: dz - hessian(posterior(dz))

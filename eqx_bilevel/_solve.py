@@ -179,7 +179,10 @@ def sanitised(prior, conditions) -> tuple[Problem, RESULTS]:
     finite = [jnp.all(jnp.isfinite(x)) for x in _floats(tree)]
     repeated = [_has_duplicates(c.points) for c in conditions if c.noise is None]
     cure = lambda x: jnp.where(jnp.isfinite(x), x, jnp.ones_like(x))
-    tree = jax.tree.map(lambda x: cure(x) if eqx.is_inexact_array(x) else x, tree)
+    # It has no derivatives either, which are nan before their values are.
+    good = jnp.stack(finite).all()
+    cut = lambda x: jnp.where(good, x, jax.lax.stop_gradient(cure(x)))
+    tree = jax.tree.map(lambda x: cut(x) if eqx.is_inexact_array(x) else x, tree)
     problem = build(*tree)
     finite += [jnp.all(jnp.isfinite(r.target)) for r in problem.rows]
     targets = [cure(r.target) for r in problem.rows]

@@ -125,6 +125,30 @@ def test_frozen_gradient(name, kind):
     assert relative_error(value, known.exact[kind]) > 0.015
 
 
+@pytest.mark.parametrize("adjoint", [implicit, frozen])
+def test_second_derivatives(adjoint):
+    # In two kinds at once; against differences of the first.
+    @jax.jit
+    def slope(stiffness, length):
+        fn = lambda s, l: objective(
+            {**pendulum.theta, "stiffness": s, "lengthscale": l}, pendulum, adjoint
+        )
+        return jnp.stack(jax.grad(fn, (0, 1))(stiffness, length))
+
+    at = pendulum.theta["stiffness"], pendulum.theta["lengthscale"]
+    known = [
+        central_difference(lambda h: slope(at[0] + 30 * h, at[1]), 1e-3) / 30,
+        central_difference(lambda h: slope(at[0], at[1] + h), 1e-4),
+    ]
+    found = jax.jacfwd(slope, (0, 1))(*at)
+    if adjoint is implicit:
+        for value, truth in zip(found, known):
+            assert relative_error(value, truth) < 1e-5
+    else:
+        # The point of linearisation is fixed, and differences move it.
+        assert relative_error(found[0], known[0]) > 1e-3
+
+
 #
 # What has no derivative
 #

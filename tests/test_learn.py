@@ -282,3 +282,65 @@ def test_compiles_once():
     # Later calls look at the operator once more, to check it, and compile nothing; nor
     # does a further step.
     assert run(0.7, 4) == run(0.2, 9) < first / 5
+
+
+def test_starts_from_where_the_gradient_points_the_wrong_way():
+    # Lengthscales are much longer than what the points resolve: there rounding decides
+    # the nugget, and the objective decreases towards longer ones still.
+    conditions = _conditions(nugget=None)
+    objective = eb.ValidationResidual(validation)
+    best = eb.learn(_prior(), conditions, objective, steps=25).objective
+    for start in (0.1, 4.0):
+        learned = eb.learn(
+            _prior(start), conditions, objective, scale_search=False, steps=40
+        )
+        assert learned.objective < 3 * best
+        # A stage has one nugget: it is reduced in between, and not raised and reduced
+        # from step to step.
+        jitter = learned.history["jitter"][learned.history["accepted"]]
+        assert np.sum(np.diff(np.log(jitter)) != 0) <= 4
+
+
+def test_pooled_points():
+    for objective, target in (
+        (eb.ValidationResidual(validation), _source),
+        (eb.ValidationResidual(validation, target=_targets), _targets),
+    ):
+        settings = dict(steps=1, scale_search=False, pool=True)
+        learned = eb.learn(_prior(0.8), _conditions(), objective, **settings)
+        points = jnp.concatenate([interior, validation])
+        others = _targets if target is _targets else jax.vmap(_source)(validation)
+        targets = jnp.concatenate([jax.vmap(_source)(interior), others])
+        pde = eb.Condition(
+            Cubic(), points, targets, nugget=jnp.asarray(1e-6), name="pde"
+        )
+        by_hand = eb.solve(learned.prior, [pde, _conditions()[1]])
+        np.testing.assert_allclose(learned.solution(grid), by_hand(grid), atol=1e-8)
+
+
+_targets = jax.vmap(_source)(validation) + 0.1
+
+
+def test_wrong_objectives_are_found_before_compiling():
+    cases = [
+        (eb.ValidationResidual(validation, "other"), "about condition 'other'"),
+        (eb.ValidationResidual(jnp.ones((3, 2))), "2 dimension"),
+        (1.0 * eb.ValidationResidual(ends, "data"), "its own points only"),
+    ]
+    data = eb.Condition(_value, ends + 0.5, jnp.ones(2), name="data")
+    for objective, message in cases:
+        with pytest.raises(ValueError, match=message):
+            eb.learn(_prior(), [*_conditions(), data], objective)
+
+
+def test_progress(capsys):
+    rows = []
+    objective = eb.ValidationResidual(validation)
+    arguments = dict(steps=2, scale_search=2)
+    eb.learn(_prior(), _conditions(), objective, verbose=rows.append, **arguments)
+    assert [row["step"] for row in rows] == [0] * 6 + [1, 2]
+    assert rows[5]["best"] == min(row["objective"] for row in rows[:6])
+    assert rows[0].keys() == rows[-1].keys() | {"lengthscale"}
+    eb.learn(_prior(), _conditions(), objective, verbose=True, **arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["scale"] * 6 + ["step"] * 2

@@ -54,7 +54,7 @@ def pairs(
     scope = _scope(left_indices, right_indices)
     x, y = _coordinates(scope, left, 0), _coordinates(scope, right, 1)
     try:
-        (k,) = propagate(kernel, (x, y), (left, right)).reshape(-1)
+        k = propagate(kernel, (x, y), (left, right))
         return _table(k, left_indices, right_indices)
     except Unsupported:
         pass
@@ -92,12 +92,11 @@ def _coordinates(scope: Scope, x: Array, side: int) -> np.ndarray:
 
 
 def _table(k: Any, left_indices, right_indices) -> Table:
-    k = k if isinstance(k, Series) else None
-    zero = jnp.zeros_like(k.value)
-    return {
-        (a, b): jnp.asarray(k.terms.get((a, b), zero), zero.dtype)
-        for a, b in it.product(left_indices, right_indices)
-    }
+    value = k.value if isinstance(k, Series) else k
+    terms = k.terms if isinstance(k, Series) else {}
+    get = lambda key: value if not any(map(any, key)) else terms.get(key, 0.0)
+    keys = it.product(left_indices, right_indices)
+    return {key: jnp.asarray(get(key), jnp.result_type(value)) for key in keys}
 
 
 #
@@ -189,7 +188,7 @@ def _(kernel: AbstractFeatureKernel, left_indices, right_indices, left, right):
         return kernel.pair(f, jtu.tree_unflatten(treedef, g))
 
     try:
-        (k,) = propagate(fn, (*f, *g), (*leaves_f, *leaves_g)).reshape(-1)
+        k = propagate(fn, (*f, *g), (*leaves_f, *leaves_g))
         return _table(k, left_indices, right_indices)
     except Unsupported:
         pass

@@ -7,6 +7,7 @@ one point only or on differences, and they are never formed: what is left is clo
 what one would write by hand.
 """
 
+import contextlib
 import functools as ft
 import itertools as it
 import math
@@ -244,11 +245,11 @@ def _apply(fn: Callable[[Any, int], list], f):
 
 
 def propagate(fn: Callable, inputs: Sequence[np.ndarray], like: Sequence[Array]):
-    # `fn` of arrays, as many as there are inputs, to an array; each given as an array
-    # of `Series` and numbers. `like` are arrays of these shapes.
+    # `fn` of arrays, as many as there are inputs, to a number. Inputs are arrays of
+    # `Series` and numbers, and `like` are arrays of their shapes.
     closed = jax.make_jaxpr(fn)(*like)
     (out,) = _interpret(closed.jaxpr, closed.consts, inputs)
-    return out
+    return _numbers(out).reshape(-1)[0]
 
 
 def _interpret(jaxpr, consts, inputs) -> list:
@@ -266,7 +267,11 @@ def _interpret(jaxpr, consts, inputs) -> list:
 
 def _plainly(eqn, operands) -> Sequence[Array]:
     # One operation on arrays.
-    outs = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    params = eqn.primitive.get_bind_params(eqn.params)
+    # Indices have to be known now: they are computed and not traced.
+    known = not any(map(_is_traced, operands))
+    with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
+        outs = eqn.primitive.bind(*operands, **params)
     return outs if eqn.primitive.multiple_results else [outs]
 
 
@@ -298,7 +303,7 @@ def _step(eqn, operands) -> list:
     if name in ("custom_jvp_call", "custom_vjp_call"):
         return [_custom(eqn, operands)]
     if name in _MOVES:
-        return [_move(eqn.primitive, params, operands)]
+        return _move(eqn, operands)
     if name == "reduce_sum":
         return [_reduce(operands[0], params["axes"], operator.add)]
     if name == "reduce_prod":
@@ -319,17 +324,21 @@ _MOVES = (
     "concatenate",
     "copy",
     "copy_p",
+    "dynamic_slice",
     "expand_dims",
     "gather",
     "reshape",
     "rev",
     "slice",
+    "split",
     "squeeze",
+    "stack",
     "transpose",
+    "unstack",
 )
 
 
-def _move(primitive, params, operands) -> np.ndarray:
+def _move(eqn, operands) -> list[np.ndarray]:
     # Whatever it does to the numbers, it does to their positions.
     positions, numbers = [], []
     for x in operands:
@@ -338,19 +347,28 @@ def _move(primitive, params, operands) -> np.ndarray:
             continue
         x = _numbers(x)
         count = np.arange(x.size, dtype=np.int32).reshape(x.shape)
-        positions.append(jnp.asarray(count + len(numbers)))
+        positions.append(count + len(numbers))
         numbers.extend(x.reshape(-1))
+    if any(map(_is_traced, positions)):
+        raise Unsupported(eqn.primitive.name)
+    outs = []
+    for moved in map(np.asarray, _plainly(eqn, list(map(_constant, positions)))):
+        out = np.empty(moved.shape, object)
+        for i in np.ndindex(out.shape):
+            if not 0 <= moved[i] < len(numbers):
+                raise Unsupported(eqn.primitive.name)
+            out[i] = numbers[moved[i]]
+        outs.append(out)
+    return outs
+
+
+def _is_traced(x) -> bool:
+    return isinstance(x, jax.core.Tracer)  # pyright: ignore
+
+
+def _constant(x) -> Array:
     with jax.ensure_compile_time_eval():
-        moved = primitive.bind(*positions, **params)
-    if isinstance(moved, jax.core.Tracer):  # pyright: ignore
-        raise Unsupported
-    moved = np.asarray(moved)
-    out = np.empty(moved.shape, object)
-    for i in np.ndindex(out.shape):
-        if not 0 <= moved[i] < len(numbers):
-            raise Unsupported
-        out[i] = numbers[moved[i]]
-    return out
+        return jnp.asarray(x)
 
 
 def _multiply(x, y):
@@ -442,12 +460,17 @@ def _element(eqn, operands: list):
         return _apply(lambda v, n: _integer_power(v, params["y"], n), x)
     if name == "pow" and not active[1]:
         return _apply(lambda v, n: _power(plain(v, y), v, y, n), x)
+    if name == "pow":
+        logarithm = _apply(_log, x) if isinstance(x, Series) else jnp.log(x)
+        return _apply(_exp, y * logarithm)
     if name == "select_n":
         return _select(values[0], operands[1:])
     if name in ("max", "min"):
         smaller = values[0] < values[1]
         first_last = [y, x] if name == "min" else [x, y]
         return _select(smaller, first_last)
+    if name in ("floor", "ceil", "round", "sign", "stop_gradient"):
+        return plain(*values)
     if name == "abs":
         return x * jnp.sign(x.value)
     if name == "convert_element_type":
@@ -456,7 +479,7 @@ def _element(eqn, operands: list):
         return _apply(_CHAINS[name], x)
     if len(operands) == 1 and name in _AUTOMATIC:
         return _apply(lambda v, n: _automatic(plain, v, n), x)
-    raise Unsupported
+    raise Unsupported(name)
 
 
 _AUTOMATIC = (

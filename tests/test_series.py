@@ -1,0 +1,157 @@
+"""Truncated Taylor arithmetic, against nested automatic differentiation."""
+
+import itertools as it
+
+import eqx_bilevel as eb
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from eqx_bilevel._gram import _pairs
+from eqx_bilevel._gram._pairs import one_sided, pairs
+
+
+large = jnp.linspace(-1.0, 1.0, 120).reshape(60, 2)
+matrix = jnp.array([[0.3, -0.2], [0.1, 0.4], [0.5, 0.2]])
+
+
+def squared(x, y):
+    return jnp.sum((x - y) ** 2)
+
+
+@jax.custom_jvp
+def odd(s):
+    return s**3
+
+
+@odd.defjvp
+def _(primals, tangents):
+    (s,), (ds,) = primals, tangents
+    return odd(s), 3 * s**2 * ds
+
+
+# Not all of them are positive definite, which plays no role here.
+known = dict(
+    exponential=lambda x, y: jnp.exp(-squared(x, y) / 2),
+    rational=lambda x, y: 1 / (1 + squared(x, y)) + x[0] / (2 + y[1]),
+    powers=lambda x, y: (1.5 + jnp.dot(x, y)) ** 3 + (1 + squared(x, y)) ** -1.5,
+    negative_power=lambda x, y: (1 + squared(x, y)) ** -2,
+    roots=lambda x, y: jnp.sqrt(1 + x @ y) * jax.lax.rsqrt(2 + squared(x, y)),
+    logarithm=lambda x, y: jnp.log(2 + jnp.sum(x * y)),
+    periodic=lambda x, y: jnp.prod(jnp.cos(3 * (x - y))) + jnp.sin(x[0] * y[1]),
+    network=lambda x, y: jnp.tanh(matrix @ x) @ jax.nn.sigmoid(matrix @ y),
+    softplus=lambda x, y: jax.nn.softplus(x[0] - y[1]) * jnp.expm1(y[0] * x[1]),
+    error_function=lambda x, y: jax.lax.erf(x[0] * y[0]) + jnp.log1p(x[1] * y[1]),
+    piecewise=lambda x, y: jnp.where(x[0] > y[0], x[0] ** 2 * y[1], jnp.exp(y[0])),
+    extremes=lambda x, y: (
+        jnp.maximum(x[0] * y[0], 0.2)
+        + jnp.minimum(x, y).sum() * jnp.abs(x[1] - 2 * y[1])
+    ),
+    base=lambda x, y: 2.0 ** (x[0] * y[0]) + (1 + x[1]) ** y[0],
+    moved=lambda x, y: (
+        jnp.stack([x[::-1], y]).reshape(-1)[1:3] @ jnp.concatenate([y[:1], x[1:]])
+    ),
+    unpacked=lambda x, y: (lambda a, b: a**2 * jnp.exp(b * y[0]))(*x),
+    parts=lambda x, y: jnp.prod(jnp.split(x, 2)[0] - y[1]) * x[jnp.array([1, 0])] @ y,
+    jitted=lambda x, y: jax.jit(squared)(x, y) * jax.checkpoint(squared)(x, y),
+    own_rule=lambda x, y: odd(squared(x, y)),
+    constant=lambda x, y: jnp.asarray(2.0),
+    jumps=lambda x, y: jnp.floor(3 * x[0]) * y[0] + jax.lax.stop_gradient(x[1]) * y[1],
+)
+# For these there is no rule.
+unknown = dict(
+    cumulative=lambda x, y: jnp.cumsum(x * y)[1] ** 2,
+    large=lambda x, y: jnp.tanh(large @ x) @ jnp.tanh(large @ y),
+)
+
+
+class User(eb.AbstractKernel):
+    fn: str
+
+    def __call__(self, x, y):
+        return (known | unknown)[self.fn](x, y)
+
+
+class UserFeatures(eb.AbstractFeatureKernel):
+    fn: str
+
+    def features(self, x):
+        return {"point": x, "network": jnp.tanh(matrix @ x)}
+
+    def pair(self, f, g):
+        fn = (known | unknown)[self.fn]
+        return fn(f["point"] * f["network"][1], g["network"][:2]) * jnp.sum(g["point"])
+
+
+indices = ((0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2))
+x, y = jnp.array([0.7, 0.4]), jnp.array([0.2, 0.9])
+
+
+def truth(kernel, a, b):
+    out = lambda x, y: kernel(x, y)
+    for argnum, index in ((1, b), (0, a)):
+        for axis in it.chain(*[[d] * n for d, n in enumerate(index)]):
+            differentiated = jax.jacfwd(out, argnum)
+            out = lambda x, y, f=differentiated, axis=axis: f(x, y)[..., axis]
+    return out(x, y)
+
+
+def check(kernel):
+    table = jax.jit(
+        lambda x, y: pairs(
+            kernel,
+            indices,
+            indices,
+            one_sided(kernel, indices, x),
+            one_sided(kernel, indices, y),
+        )
+    )(x, y)
+    truths = jax.jit(
+        lambda: {k: truth(kernel, *k) for k in it.product(indices, indices)}
+    )()
+    size = max(abs(float(v)) for v in truths.values())
+    for key, expected in truths.items():
+        assert abs(table[key] - expected) <= 1e-12 * size, key
+
+
+@pytest.mark.parametrize("name", known)
+def test_known(name, monkeypatch):
+    def forbidden(*_):
+        raise AssertionError("This must not need automatic differentiation.")
+
+    monkeypatch.setattr(_pairs, "derivative", forbidden)
+    check(User(name))
+
+
+@pytest.mark.parametrize("name", ["exponential", "piecewise", "cumulative"])
+def test_features(name):
+    check(UserFeatures(name))
+
+
+@pytest.mark.parametrize("name", unknown)
+def test_unknown(name, monkeypatch):
+    called = []
+    derivative = _pairs.derivative
+
+    def counted(*args):
+        called.append(args)
+        return derivative(*args)
+
+    monkeypatch.setattr(_pairs, "derivative", counted)
+    check(User(name))
+    assert called
+
+
+def test_at_coinciding_points():
+    # Squares and powers must not become divisions by zero.
+    kernel = User("powers")
+    table = pairs(kernel, indices, indices, x, x)
+    assert all(np.isfinite(v) for v in table.values())
+
+
+def test_vanishing_derivatives_are_not_formed():
+    # For a function of differences in one dimension each, no mixed term exists.
+    jaxpr = jax.make_jaxpr(
+        lambda x, y: pairs(User("exponential"), ((1, 0),), ((0, 0),), x, y)
+    )(x, y)
+    assert len(jaxpr.jaxpr.eqns) < 40
