@@ -186,7 +186,7 @@ The remaining arguments are keyword-only.
     condition's linearised operator. If neither is given then the nugget is chosen by
     [`eqx_bilevel.solve`][], as small as rounding allows.
 - `weight`: Multiplies the squared residual of this condition, i.e. divides its
-    variance.
+    variance, also if that is an automatic nugget.
 - `reference`: Where the operator is linearised to find that prior variance: a function
     of one point that stands for the unknown, or a dictionary of them. Default: the
     prior's mean.
