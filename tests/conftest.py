@@ -12,6 +12,8 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Small arrays: nearly all of the time goes into compiling.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

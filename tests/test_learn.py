@@ -290,15 +290,12 @@ def test_starts_from_where_the_gradient_points_the_wrong_way():
     conditions = _conditions(nugget=None)
     objective = eb.ValidationResidual(validation)
     best = eb.learn(_prior(), conditions, objective, steps=25).objective
-    for start in (0.1, 4.0):
-        learned = eb.learn(
-            _prior(start), conditions, objective, scale_search=False, steps=40
-        )
-        assert learned.objective < 3 * best
-        # A stage has one nugget: it is reduced in between, and not raised and reduced
-        # from step to step.
-        jitter = learned.history["jitter"][learned.history["accepted"]]
-        assert np.sum(np.diff(np.log(jitter)) != 0) <= 4
+    learned = eb.learn(_prior(4.0), conditions, objective, scale_search=False, steps=40)
+    assert learned.objective < 3 * best
+    # A stage has one nugget: it is reduced in between, and not raised and reduced from
+    # step to step.
+    jitter = learned.history["jitter"][learned.history["accepted"]]
+    assert np.sum(np.diff(np.log(jitter)) != 0) <= 4
 
 
 def test_pooled_points():

@@ -229,16 +229,17 @@ def test_failures_harm_nobody_else(gradients):
         _close(kept[2], gradients[0])
 
 
-@pytest.mark.parametrize("length", [0.0, 1e-200, 1e-60, 1e60, jnp.nan])
-def test_hopeless_values_do_not_raise_in_derivatives(length):
+def test_hopeless_values_do_not_raise_in_derivatives():
     def fn(length):
         solution = _solve(length, batch[0], 0.1, throw=False)
         return jnp.sum(solution(grid)), solution.result
 
     for derivative in (jax.jacfwd, jax.jacrev):
-        _, result = jax.jit(derivative(fn, has_aux=True))(jnp.asarray(length))
-        failed = result != eb.RESULTS.successful
-        assert failed or length in (1e-60, 1e60)
+        compiled = jax.jit(derivative(fn, has_aux=True))
+        for length in (0.0, 1e-200, 1e-60, 1e60, jnp.nan):
+            _, result = compiled(jnp.asarray(length))
+            failed = result != eb.RESULTS.successful
+            assert failed or length in (1e-60, 1e60)
 
 
 #
