@@ -289,9 +289,11 @@ def test_starts_from_where_the_gradient_points_the_wrong_way():
     # the nugget, and the objective decreases towards longer ones still.
     conditions = _conditions(nugget=None)
     objective = eb.ValidationResidual(validation)
-    best = eb.learn(_prior(), conditions, objective, steps=25).objective
     learned = eb.learn(_prior(4.0), conditions, objective, scale_search=False, steps=40)
-    assert learned.objective < 3 * best
+    # How far down the last digits of it go is a matter of rounding.
+    assert learned.objective < 1e-7
+    assert learned.prior.kernel.lengthscale.value < 2.0
+    assert _error(learned.solution) < 1e-5
     # A stage has one nugget: it is reduced in between, and not raised and reduced from
     # step to step.
     jitter = learned.history["jitter"][learned.history["accepted"]]
