@@ -240,7 +240,6 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
         change, excess, scale = self._compare(problem, here.z, new)
         near = change < _NEARLY
         searched, step_size = _line_search(problem, linearised, here, new)
-        # Each derivative of each condition has its own scale.
         accelerated, anderson = state.anderson.next(here.z, new.z, scale)
         anderson = tree_where(near, anderson, _Anderson.empty(here.z))
         proposal = tree_where(near, _unknown(accelerated, searched), searched)

@@ -266,52 +266,43 @@ class _Record:
         self.outcome: Outcome | None = None
 
     def add_search(self, length: float, outcome: Outcome) -> None:
-        objective = float(outcome.objective)
-        self.searched = np.fmin(self.searched, objective)
-        seconds = time.perf_counter() - self.start
-        report = dict(
-            step=0,
-            lengthscale=length,
-            seconds=seconds,
-            objective=objective,
-            best=self.searched,
-            batch=np.nan,
-            accepted=False,
-            inner_steps=int(outcome.inner_steps),
-            jitter=float(outcome.jitter),
+        row = self._row(outcome, np.nan, False)
+        self.searched = np.fmin(self.searched, row["objective"])
+        row["best"] = self.searched
+        self._report(
+            "scale search  lengthscale {lengthscale:.3e}   "
+            "objective {objective:.6e}   {seconds:.1f} s",
+            dict(step=0, lengthscale=length, **row),
         )
-        if callable(self.verbose):
-            self.verbose(report)
-        elif self.verbose:
-            print(
-                "scale search  lengthscale {lengthscale:.3e}   "
-                "objective {objective:.6e}   {seconds:.1f} s".format(**report),
-                flush=True,
-            )
 
     def add(self, outcome: Outcome | None, batch: float, accepted: bool) -> None:
-        objective = np.nan if outcome is None else float(outcome.objective)
-        if accepted and objective < self.best:
-            self.best, self.outcome = objective, outcome
-        row = dict(
+        row = self._row(outcome, batch, accepted)
+        if accepted and row["objective"] < self.best:
+            self.best, self.outcome = row["objective"], outcome
+        row["best"] = self.best
+        self.rows.append(row)
+        self._report(
+            "step {step:5d}   objective {objective:.6e}   best {best:.6e}   "
+            "inner steps {inner_steps:3d}   {seconds:.1f} s",
+            dict(step=len(self.rows), **row),
+        )
+
+    def _row(self, outcome: Outcome | None, batch: float, accepted: bool) -> dict:
+        return dict(
             seconds=time.perf_counter() - self.start,
-            objective=objective,
-            best=self.best,
+            objective=np.nan if outcome is None else float(outcome.objective),
+            best=np.nan,  # Not known yet.
             batch=batch,
             accepted=accepted,
             inner_steps=0 if outcome is None else int(outcome.inner_steps),
             jitter=np.nan if outcome is None else float(outcome.jitter),
         )
-        self.rows.append(row)
-        report = dict(step=len(self.rows), **row)
+
+    def _report(self, line: str, report: dict[str, Any]) -> None:
         if callable(self.verbose):
             self.verbose(report)
         elif self.verbose:
-            print(
-                "step {step:5d}   objective {objective:.6e}   best {best:.6e}   "
-                "inner steps {inner_steps:3d}   {seconds:.1f} s".format(**report),
-                flush=True,
-            )
+            print(line.format(**report), flush=True)
 
     def stalled(self, rtol: float, patience: int, since: int) -> bool:
         # Steps that were not accepted are shortened, and say little.

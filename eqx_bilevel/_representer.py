@@ -1,13 +1,24 @@
 """Linear algebra with a Gram matrix whose factorisation is at hand."""
 
-from typing import Any
-
 import equinox as eqx
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from ._gram import Block, covariance, GramOperator, Kernels
-from ._problem import Linearised, noise_variances, Problem, z_functionals
+from ._problem import Problem, z_functionals
+
+
+def gram_solve(
+    operator: GramOperator,
+    vector: Float[Array, " M"],
+    linear_solver: lx.AbstractLinearSolver,
+    factor: PyTree,
+) -> Float[Array, " M"]:
+    # Differentiable in both by the rule for linear solves, and never through the
+    # factorisation, which is given: `factor` is what `linear_solver` made of it.
+    return lx.linear_solve(
+        operator, vector, linear_solver, state=factor, throw=False
+    ).value
 
 
 class GramInverse(eqx.Module):
@@ -15,14 +26,12 @@ class GramInverse(eqx.Module):
     kernels: Kernels
     functionals: tuple[Block, ...]
     linear_solver: lx.AbstractLinearSolver
-    factor: PyTree  # what `linear_solver` made of G
+    factor: PyTree
 
     def __call__(self, vector: Float[Array, " M"]) -> Float[Array, " M"]:
         # That this operator is another one plays no role: there is its factor.
         operator = GramOperator(self.kernels, self.functionals, vector)
-        return lx.linear_solve(
-            operator, vector, self.linear_solver, state=self.factor, throw=False
-        ).value
+        return gram_solve(operator, vector, self.linear_solver, self.factor)
 
 
 class PosteriorCovariance(eqx.Module):
@@ -39,19 +48,3 @@ class PosteriorCovariance(eqx.Module):
 
     def __call__(self, dz: Float[Array, " N"]) -> Float[Array, " N"]:
         return self.prior @ dz - self.rows @ self.gram_inverse(self.rows.T @ dz)
-
-
-def representer_weights(
-    problem: Problem,
-    linearised: Linearised,
-    jitter: Float[Array, ""],
-    linear_solver: lx.AbstractLinearSolver,
-    factor: Any,
-) -> Float[Array, " M"]:
-    # w with u = m + k phi^T w. Differentiable in `problem` by the rule for linear
-    # solves and never through the factorisation, which is given.
-    gamma = noise_variances(problem, jitter)
-    operator = GramOperator(problem.kernels, linearised.functionals, gamma)
-    return lx.linear_solve(
-        operator, linearised.rhs, linear_solver, state=factor, throw=False
-    ).value

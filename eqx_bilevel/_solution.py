@@ -31,7 +31,7 @@ from ._problem import (
     noise_variances,
     Problem,
 )
-from ._representer import GramInverse, PosteriorCovariance
+from ._representer import gram_solve, GramInverse, PosteriorCovariance
 from ._results import RESULTS
 from ._spectrum import extreme_eigenvalues, power_iteration
 
@@ -210,9 +210,7 @@ class Solution(eqx.Module):
     def _solve(self, vector: Float[Array, " M"]) -> Float[Array, " M"]:
         gamma = noise_variances(self._problem, self.stats["jitter"])
         operator = GramOperator(self._problem.kernels, self._functionals, gamma)
-        return lx.linear_solve(
-            operator, vector, self._linear_solver, state=self._factor, throw=False
-        ).value
+        return gram_solve(operator, vector, self._linear_solver, self._factor)
 
     @property
     def _gram_inverse(self) -> GramInverse:

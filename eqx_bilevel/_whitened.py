@@ -17,7 +17,7 @@ from ._gram import Block, covariance, dense, GramOperator
 from ._jets import residual
 from ._parameters import unwrap
 from ._problem import linearise, noise_variances, Problem
-from ._representer import representer_weights
+from ._representer import gram_solve
 from ._results import RESULTS
 from ._solution import Solution
 from ._solve import checked, initial_jitter, sanitised, solution_at
@@ -131,9 +131,9 @@ def _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw):
     linear_solver = lx.Cholesky()
     fixed = without_gradient((problem, z, jitter))
     factor = _factor(fixed[0], fixed[1], fixed[2], linear_solver)
-    weights = representer_weights(
-        problem, linearise(problem, z), jitter, linear_solver, factor
-    )
+    linearised, gamma = linearise(problem, z), noise_variances(problem, jitter)
+    operator = GramOperator(problem.kernels, linearised.functionals, gamma)
+    weights = gram_solve(operator, linearised.rhs, linear_solver, factor)
     result = RESULTS.promote(sol.result)
     result = RESULTS.where(fault != RESULTS.successful, fault, result)
     nothing = jnp.full((), jnp.nan, problem.dtype)

@@ -64,9 +64,9 @@ class Scope:
     # Which derivatives are kept, and how much work may go into them.
 
     def __init__(self, left: Sequence[Index], right: Sequence[Index], budget: int):
-        self.lefts, self.rights = closure(left), closure(right)
-        self.keys = frozenset(it.product(self.lefts, self.rights))
-        self.zero: Key = (self.lefts[0], self.rights[0])
+        lefts, rights = closure(left), closure(right)
+        self.keys = frozenset(it.product(lefts, rights))
+        self.zero: Key = (lefts[0], rights[0])
         self.budget = budget
 
     def spend(self, amount: int) -> None:
@@ -325,7 +325,6 @@ _MOVES = (
     "copy",
     "copy_p",
     "dynamic_slice",
-    "expand_dims",
     "gather",
     "reshape",
     "rev",
