@@ -96,16 +96,21 @@ def truth(kernel, a, b):
     return out(x, y)
 
 
+def numbers(array):
+    out = np.empty(array.shape, object)
+    for i in np.ndindex(array.shape):
+        out[i] = array[i]
+    return out
+
+
+def table_of(kernel, lefts, rights, x, y):
+    left = jax.tree.map(numbers, one_sided(kernel, lefts, x))
+    right = jax.tree.map(numbers, one_sided(kernel, rights, y))
+    return pairs(kernel, lefts, rights, left, right)
+
+
 def check(kernel):
-    table = jax.jit(
-        lambda x, y: pairs(
-            kernel,
-            indices,
-            indices,
-            one_sided(kernel, indices, x),
-            one_sided(kernel, indices, y),
-        )
-    )(x, y)
+    table = jax.jit(lambda x, y: table_of(kernel, indices, indices, x, y))(x, y)
     truths = jax.jit(
         lambda: {k: truth(kernel, *k) for k in it.product(indices, indices)}
     )()
@@ -145,13 +150,13 @@ def test_unknown(name, monkeypatch):
 def test_at_coinciding_points():
     # Squares and powers must not become divisions by zero.
     kernel = User("powers")
-    table = pairs(kernel, indices, indices, x, x)
+    table = table_of(kernel, indices, indices, x, x)
     assert all(np.isfinite(v) for v in table.values())
 
 
 def test_vanishing_derivatives_are_not_formed():
     # For a function of differences in one dimension each, no mixed term exists.
     jaxpr = jax.make_jaxpr(
-        lambda x, y: pairs(User("exponential"), ((1, 0),), ((0, 0),), x, y)
+        lambda x, y: table_of(User("exponential"), ((1, 0),), ((0, 0),), x, y)
     )(x, y)
     assert len(jaxpr.jaxpr.eqns) < 40

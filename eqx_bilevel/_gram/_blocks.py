@@ -6,6 +6,8 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Float
 
 from .._jets import Index
@@ -46,82 +48,129 @@ def _by_unknown(block: Block) -> dict[str, dict[Index, int]]:
     return out
 
 
-def _sides(kernels: Kernels, block: Block):
-    # What can be computed point by point: once, outside all loops over pairs.
+class _Side(eqx.Module):
+    # What can be computed point by point: once, outside all loops over pairs. One array
+    # for each number, all of the same shape, so that everything is done elementwise:
+    # anything else would keep the compiler from making one loop of it, above all in
+    # reverse mode.
+    numbers: list[list[Array]]
+    treedef: Any = eqx.field(static=True)
+    shapes: list[tuple[int, ...]] = eqx.field(static=True)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.numbers[0][0].shape
+
+    def at_points(self):
+        # What was given for each point, as NumPy arrays of JAX arrays.
+        leaves = []
+        for numbers, shape in zip(self.numbers, self.shapes):
+            leaf = np.empty(len(numbers), object)
+            for i, number in enumerate(numbers):
+                leaf[i] = number
+            leaves.append(leaf.reshape(shape))
+        return jtu.tree_unflatten(self.treedef, leaves)
+
+
+def _side(kernels: Kernels, block: Block, weights=None) -> _Side:
     sides = {}
     for name, indices in _by_unknown(block).items():
         kernel, asked = kernels[name], tuple(indices)
         sides[name] = jax.vmap(lambda x: one_sided(kernel, asked, x))(block.points)
-    return sides, block.coefficients
+    n = block.points.shape[0]
+    given = block.coefficients if weights is None else weights
+    leaves, treedef = jtu.tree_flatten((sides, given))
+    numbers = [list(leaf.reshape(n, -1).T) for leaf in leaves]
+    return _Side(numbers, treedef, [leaf.shape[1:] for leaf in leaves])
 
 
-def _covariance(kernels: Kernels, left: Block, right: Block, left_side, right_side):
-    # The (q, r) covariances of the functionals at one pair of points. All scalars, so
-    # that the compiler makes one loop over the pairs of it.
-    sides, coefficients = left_side
-    other_sides, other_coefficients = right_side
+def _tables(kernels: Kernels, left: Block, right: Block, left_sides, right_sides):
+    # Covariances of entries of the jets at pairs of points: (i, {j: covariance}).
     others = _by_unknown(right)
-    zero = jnp.zeros((), left.points.dtype)
-    total = [[zero] * right.at_each for _ in range(left.at_each)]
     for name, indices in _by_unknown(left).items():
-        if name not in others:
-            continue
-        table = pairs(
-            kernels[name],
-            tuple(indices),
-            tuple(others[name]),
-            sides[name],
-            other_sides[name],
-        )
-        for (a, b), entry in table.items():
-            i, j = indices[a], others[name][b]
-            for q, c in _column(coefficients, i):
-                for r, d in _column(other_coefficients, j):
-                    total[q][r] = total[q][r] + c * d * entry
-    return jnp.stack([jnp.stack(row) for row in total])
+        if name in others:
+            table = pairs(
+                kernels[name],
+                tuple(indices),
+                tuple(others[name]),
+                left_sides[name],
+                right_sides[name],
+            )
+            for a, i in indices.items():
+                yield i, {j: table[a, b] for b, j in others[name].items()}
+
+
+def _covariances(kernels: Kernels, left: Block, right: Block, left_side, right_side):
+    # The `q` times `r` covariances of the functionals, at pairs of points.
+    left_sides, coefficients = left_side.at_points()
+    right_sides, other_coefficients = right_side.at_points()
+    zero = jnp.zeros(left_side.shape, left.points.dtype)
+    total = [[zero] * right.at_each for _ in range(left.at_each)]
+    for i, row in _tables(kernels, left, right, left_sides, right_sides):
+        combined = [zero] * right.at_each
+        for j, entry in row.items():
+            for r, d in _column(other_coefficients, j):
+                combined[r] = combined[r] + d * entry
+        for q, c in _column(coefficients, i):
+            total[q] = [t + c * x for t, x in zip(total[q], combined)]
+    return total
+
+
+def _products(kernels: Kernels, left: Block, right: Block, left_side, right_side):
+    # The `q` covariances with a combination of entries of the other point's jet.
+    left_sides, coefficients = left_side.at_points()
+    right_sides, weights = right_side.at_points()
+    total = [jnp.zeros(left_side.shape, left.points.dtype)] * left.at_each
+    for i, row in _tables(kernels, left, right, left_sides, right_sides):
+        combined = sum(weights[j] * entry for j, entry in row.items())
+        for q, c in _column(coefficients, i):
+            total[q] = total[q] + c * combined
+    return total
 
 
 def _column(coefficients, i: int) -> list[tuple[int, Any]]:
     # Which functionals have entry `i` of the jet, and with which coefficients.
-    return [(i, 1.0)] if coefficients is None else list(enumerate(coefficients[:, i]))
+    return [(i, 1)] if coefficients is None else list(enumerate(coefficients[:, i]))
 
 
-def _map_rows(fn, rows, columns: int):
-    # `vmap(fn)(rows)`, in chunks. Nothing of a chunk is kept for reverse mode.
-    n = jax.tree.leaves(rows)[0].shape[0]
-    chunks = -(-n * columns // _PAIRS_AT_ONCE)
+def _map_pairs(fn, left: _Side, right: _Side, reduce=lambda x: x):
+    # `reduce(fn(...))` for each point on the left, where `fn(...)` is for all points on
+    # the right. In chunks, of which nothing is kept for reverse mode.
+    (n,), (m,) = left.shape, right.shape
+
+    def of_rows(rows: _Side):
+        shape = (*rows.shape, m)
+        rows = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], shape), rows)
+        columns = jax.tree.map(lambda y: jnp.broadcast_to(y[None], shape), right)
+        return jax.tree.map(reduce, fn(rows, columns))
+
+    chunks = -(-n * m // _PAIRS_AT_ONCE)
     if chunks <= 1:
-        return jax.vmap(fn)(rows)
+        return of_rows(left)
     size = -(-n // chunks)
     # The last chunk is filled up with copies of the last row.
     index = jnp.minimum(jnp.arange(chunks * size), n - 1).reshape(chunks, size)
-    chunked = jax.tree.map(lambda x: x[index], rows)
-    out = jax.lax.map(jax.checkpoint(jax.vmap(fn)), chunked)
-    return out.reshape((chunks * size,) + out.shape[2:])[:n]
+    chunked = jax.tree.map(lambda x: x[index], left)
+    out = jax.lax.map(jax.checkpoint(of_rows), chunked)
+    return jax.tree.map(lambda x: x.reshape((chunks * size,) + x.shape[2:])[:n], out)
 
 
 def _block_matrix(kernels: Kernels, left: Block, right: Block) -> Float[Array, "l r"]:
-    right_sides = _sides(kernels, right)
-
-    def row(left_side):
-        fn = lambda side: _covariance(kernels, left, right, left_side, side)
-        block = jax.vmap(fn)(right_sides)  # (m, q, r)
-        return jnp.swapaxes(block, 0, 1).reshape(block.shape[1], right.size)
-
-    out = _map_rows(row, _sides(kernels, left), right.points.shape[0])
+    fn = lambda *sides: _covariances(kernels, left, right, *sides)
+    out = _map_pairs(fn, _side(kernels, left), _side(kernels, right))
+    out = jnp.stack([jnp.stack(row, axis=-1) for row in out], axis=1)  # (n, q, m, r)
     return out.reshape(left.size, right.size)
 
 
 def _block_product(kernels: Kernels, left: Block, right: Block, vector):
-    right_sides = _sides(kernels, right)
-    vectors = vector.reshape(right.points.shape[0], right.at_each)
-
-    def row(left_side):
-        fn = lambda side, v: _covariance(kernels, left, right, left_side, side) @ v
-        return jnp.sum(jax.vmap(fn)(right_sides, vectors), axis=0)
-
-    out = _map_rows(row, _sides(kernels, left), right.points.shape[0])
-    return out.reshape(left.size)
+    # With weights for the entries of the jets instead of the functionals.
+    weights = vector.reshape(right.points.shape[0], right.at_each)
+    if right.coefficients is not None:
+        weights = jnp.einsum("nq,nqp->np", weights, right.coefficients)
+    fn = lambda *sides: _products(kernels, left, right, *sides)
+    sides = _side(kernels, left), _side(kernels, right, weights)
+    out = _map_pairs(fn, *sides, reduce=lambda x: jnp.sum(x, axis=1))
+    return jnp.stack(out, axis=1).reshape(left.size)
 
 
 def covariance(
@@ -164,8 +213,8 @@ def variances(kernels: Kernels, blocks: Sequence[Block]) -> Float[Array, " m"]:
     # The diagonal of `covariance(kernels, blocks, blocks)`.
     out = []
     for block in blocks:
-        fn = lambda side, block=block: jnp.diagonal(
-            _covariance(kernels, block, block, side, side)
-        )
-        out.append(jax.vmap(fn)(_sides(kernels, block)).reshape(block.size))
+        side = _side(kernels, block)
+        table = _covariances(kernels, block, block, side, side)
+        each = [row[q] for q, row in enumerate(table)]
+        out.append(jnp.stack(each, axis=1).reshape(block.size))
     return jnp.concatenate(out)

@@ -1,9 +1,10 @@
-"""Mixed derivatives of a kernel at one pair of points, by structure of the kernel.
+"""Mixed derivatives of a kernel at pairs of points, by structure of the kernel.
 
 Two functions, each with a rule per kind of kernel. `one_sided` is what can be computed
-at each point on its own; `pairs` is what is left for each pair of points. A kernel
-without a rule is traced and goes through the arithmetic of `_series.py`; or through
-nested automatic differentiation, if it has operations which that does not know.
+at each point on its own; `pairs` is what is left for each pair of points, where every
+number of it has become an array with one element for each pair. A kernel without a rule
+is traced and goes through the arithmetic of `_series.py`; or through nested automatic
+differentiation, if it has operations which that does not know.
 """
 
 import functools as ft
@@ -31,7 +32,8 @@ from .._kernels import (
     Sum,
 )
 from .._parameters import value_of
-from ._series import closure, propagate, Scope, Series, Unsupported
+from ._propagate import propagate
+from ._series import closure, each, Scope, Series, Unsupported
 
 
 # {(a, b): derivative a in the first argument and b in the second}
@@ -54,17 +56,34 @@ def pairs(
     scope = _scope(left_indices, right_indices)
     x, y = _coordinates(scope, left, 0), _coordinates(scope, right, 1)
     try:
-        k = propagate(kernel, (x, y), (left, right))
+        k = propagate(kernel, (x, y), (_struct(left), _struct(right)))
         return _table(k, left_indices, right_indices)
     except Unsupported:
         pass
+
     # Automatic differentiation of k(x, y).
-    out = {}
-    for a in left_indices:
-        for b in right_indices:
-            inner = lambda x, b=b: derivative(lambda y: kernel(x, y), b)(right)
-            out[a, b] = derivative(inner, a)(left)
-    return out
+    def at_one(x, y):
+        out = {}
+        for a in left_indices:
+            for b in right_indices:
+                inner = lambda x, b=b: derivative(lambda y: kernel(x, y), b)(y)
+                out[a, b] = derivative(inner, a)(x)
+        return out
+
+    return _at_each_pair(at_one, left, right)
+
+
+def _at_each_pair(fn, left: Any, right: Any) -> Table:
+    # `fn` of arrays, of what are here arrays of numbers.
+    join = lambda x: jnp.stack(list(x.flat), -1)
+    ndim = next(iter(jtu.tree_leaves(left)[0].flat)).ndim
+    shaped = lambda x, like: jtu.tree_map(lambda a, b: a.reshape(b.shape), x, like)
+    at_one = lambda x, y: fn(shaped(x, left), shaped(y, right))
+    return each(at_one, ndim)(jtu.tree_map(join, left), jtu.tree_map(join, right))
+
+
+def _struct(numbers: np.ndarray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(numbers.shape, jnp.result_type(*numbers.flat))
 
 
 # More operations on numbers than that would take too long to compile.
@@ -79,9 +98,9 @@ def _unit(dim: int, axis: int) -> Index:
     return tuple(int(d == axis) for d in range(dim))
 
 
-def _coordinates(scope: Scope, x: Array, side: int) -> np.ndarray:
+def _coordinates(scope: Scope, x: np.ndarray, side: int) -> np.ndarray:
     # A point, as numbers that know that they are its coordinates.
-    dim = x.shape[0]
+    dim = len(x)
     out = np.empty(dim, object)
     for axis in range(dim):
         key = list(scope.zero)
@@ -135,7 +154,7 @@ def _(kernel: AbstractRadialKernel, left_indices, right_indices, left, right):
     squares = [0.5 * m * d for m, d in zip(slopes, difference)]
     s = sum(squares[1:], squares[0])
     order = max(map(sum, left_indices)) + max(map(sum, right_indices))
-    profile = kernel.profile(s, order)
+    profile = each(lambda s: kernel.profile(s, order), s.ndim)(s)
     known: dict[Index, Any] = {}
     out = {}
     for a in left_indices:
@@ -188,7 +207,7 @@ def _(kernel: AbstractFeatureKernel, left_indices, right_indices, left, right):
         return kernel.pair(f, jtu.tree_unflatten(treedef, g))
 
     try:
-        k = propagate(fn, (*f, *g), (*leaves_f, *leaves_g))
+        k = propagate(fn, (*f, *g), [_struct(leaf) for leaf in leaves_f + leaves_g])
         return _table(k, left_indices, right_indices)
     except Unsupported:
         pass
@@ -196,20 +215,24 @@ def _(kernel: AbstractFeatureKernel, left_indices, right_indices, left, right):
     # is differentiated along the points' dimension i by moving each derivative f^(a) in
     # the direction f^(a + e_i).
     start = lambda left, right: kernel.pair(left[zero], right[zero])
-    out = {}
-    for a in left_indices:
-        for b in right_indices:
-            inner = lambda left, b=b: _total(lambda r: start(left, r), b)(right)
-            out[a, b] = _total(inner, a)(left)
-    return out
+
+    def at_one(left, right):
+        out = {}
+        for a in left_indices:
+            for b in right_indices:
+                inner = lambda left, b=b: _total(lambda r: start(left, r), b)(right)
+                out[a, b] = _total(inner, a)(left)
+        return out
+
+    return _at_each_pair(at_one, left, right)
 
 
 def _features(scope: Scope, kernel: AbstractFeatureKernel, side: dict, which: int):
     # The features of one point, as numbers that know their derivatives.
     derivatives = {index: jtu.tree_leaves(leaves) for index, leaves in side.items()}
     values = derivatives[scope.zero[which]]
-    dim, dtype = len(scope.zero[which]), values[0].dtype
-    jaxpr = jax.make_jaxpr(kernel.features)(jax.ShapeDtypeStruct((dim,), dtype)).jaxpr
+    point = jax.ShapeDtypeStruct((len(scope.zero[which]),), _struct(values[0]).dtype)
+    jaxpr = jax.make_jaxpr(kernel.features)(point).jaxpr
     out = []
     for position, (value, var) in enumerate(zip(values, jaxpr.outvars)):
         if var is jaxpr.invars[0]:  # The point itself is one: most derivatives vanish.

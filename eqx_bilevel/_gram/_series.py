@@ -7,18 +7,13 @@ one point only or on differences, and they are never formed: what is left is clo
 what one would write by hand.
 """
 
-import contextlib
-import functools as ft
 import itertools as it
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from .._jets import Index
@@ -76,7 +71,8 @@ class Scope:
 
 
 class Series:
-    # A number and its derivatives. Those that are not there are zero.
+    # A number and its derivatives. Those that are not there are zero. Each is a Python
+    # number, or an array: then operations are meant for each of its elements.
 
     def __init__(self, scope: Scope, terms: Mapping[Key, Any]):
         self.scope = scope
@@ -110,11 +106,11 @@ class Series:
         others = other.terms if isinstance(other, Series) else {self.scope.zero: other}
         self.scope.spend(len(others))
         for key, value in others.items():
-            terms[key] = terms[key] + value if key in terms else value
+            _accumulate(terms, key, value)
         return Series(self.scope, terms)
 
     def __neg__(self):
-        return self.map(lambda v: -v)
+        return self.map(_negative)
 
     def __sub__(self, other):
         return self + (-other)
@@ -123,54 +119,128 @@ class Series:
         return -self + other
 
     def __mul__(self, other):
+        if other is self:
+            return self.square()
         if not isinstance(other, Series):
-            return self.map(lambda v: v * other)
+            return self.map(lambda v: _times(v, other))
         terms: dict[Key, Any] = {}
         for (k, v), (l, w) in it.product(self.terms.items(), other.terms.items()):
             key = _plus(k, l)
             if key in self.scope.keys:
-                term = _times(_binomial(key, k), v * w)
-                terms[key] = terms[key] + term if key in terms else term
+                _accumulate(terms, key, _times(_binomial(key, k), _times(v, w)))
                 self.scope.spend(1)
         return Series(self.scope, terms)
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def square(self) -> "Series":
+        terms: dict[Key, Any] = {}
+        ordered = list(self.terms.items())
+        for i, (k, v) in enumerate(ordered):
+            for l, w in ordered[i:]:
+                key = _plus(k, l)
+                if key in self.scope.keys:
+                    count = _binomial(key, k) * (1 if k == l else 2)
+                    _accumulate(terms, key, _times(count, _times(v, w)))
+                    self.scope.spend(1)
+        return Series(self.scope, terms)
+
+    def _chain_rule(self, key: Key):
+        # With f this number: (count, k, d) such that the derivative `key` of g(f) is
+        # the sum of count * (derivative k of g'(f)) * d.
+        unit = _first(key)
+        lower = _minus(key, unit)
+        for part, value in self.rest.items():
+            left = _minus(key, part)
+            # The derivative in the first direction is in `part`.
+            if _nonnegative(left) and _nonnegative(_minus(part, unit)):
+                yield _binomial(lower, left), left, value
+
+    def _from_derivative(self, value, derivative: Callable[[Key], Any]) -> "Series":
+        # g(f), given its value and what reads derivatives of g'(f) off a dictionary of
+        # the lower ones of g(f).
+        terms = {self.scope.zero: value}
+        for key in sorted(self.scope.keys - {self.scope.zero}, key=order):
+            for count, left, part in self._chain_rule(key):
+                inner = derivative(terms, left)
+                if inner is not None:
+                    _accumulate(terms, key, _times(count, _times(inner, part)))
+                    self.scope.spend(1)
+        return Series(self.scope, terms)
+
+    def exp(self) -> "Series":
+        return self._from_derivative(jnp.exp(self.value), dict.get)
+
+    def log(self) -> "Series":
+        inverse = self.reciprocal().terms
+        read = lambda terms, key: inverse.get(key)
+        return self._from_derivative(jnp.log(self.value), read)
+
+    def reciprocal(self) -> "Series":
+        # All derivatives of (1 / f) f vanish.
+        inverse = 1 / self.value
+        terms = {self.scope.zero: inverse}
+        for key in sorted(self.scope.keys - {self.scope.zero}, key=order):
+            total: dict[Key, Any] = {}
+            for part, value in self.rest.items():
+                left = _minus(key, part)
+                if _nonnegative(left) and left in terms:
+                    product = _times(_binomial(key, part), _times(value, terms[left]))
+                    _accumulate(total, key, product)
+                    self.scope.spend(1)
+            if total:
+                terms[key] = _times(_negative(inverse), total[key])
+        return Series(self.scope, terms)
+
     def compose(self, chain: Sequence[Any]) -> "Series":
-        # phi of this, where `chain` has phi and its derivatives at the value. Since
-        #   d_i phi^(n)(f) = phi^(n+1)(f) d_i f,
-        # the derivatives of each phi^(n)(f) follow from those of the next, by Leibniz.
+        # phi of this, where `chain` has phi and its derivatives at the value.
         known: dict[tuple[int, Key], Any] = {}
-        rest = self.rest
 
         def derivative(n: int, key: Key):
+            # Of phi^(n).
             if key == self.scope.zero:
                 return chain[n]
             if (n, key) not in known:
-                known[n, key] = total(n, key)
+                total: dict[Key, Any] = {}
+                for count, left, part in self._chain_rule(key):
+                    inner = derivative(n + 1, left)
+                    if inner is not None:
+                        product = _times(count, _times(inner, part))
+                        _accumulate(total, key, product)
+                        self.scope.spend(1)
+                known[n, key] = total.get(key)
             return known[n, key]
-
-        def total(n: int, key: Key):
-            unit = _first(key)
-            lower = _minus(key, unit)
-            out = None
-            for part, value in rest.items():
-                left = _minus(key, part)
-                # The derivative in the first direction is in `part`.
-                possible = _nonnegative(left) and _nonnegative(_minus(part, unit))
-                inner = derivative(n + 1, left) if possible else None
-                if inner is not None:
-                    term = _times(_binomial(lower, left), inner * value)
-                    out = term if out is None else out + term
-                    self.scope.spend(1)
-            return out
 
         terms = {key: derivative(0, key) for key in self.scope.keys}
         return Series(self.scope, {k: v for k, v in terms.items() if v is not None})
 
 
-def _times(count: int, value):
-    return value if count == 1 else count * value
+def _accumulate(terms: dict, key: Key, value) -> None:
+    terms[key] = _add(terms[key], value) if key in terms else value
+
+
+# Operations of `lax` are traced faster than those of `jax.numpy`, each of which is a
+# `jit` of its own. And many derivatives are known to be 1.
+
+
+def _add(x, y):
+    return jax.lax.add(x, y) if _alike(x, y) else x + y
+
+
+def _times(x, y):
+    for one, other in ((x, y), (y, x)):
+        if isinstance(one, int | float) and abs(one) == 1:
+            return other if one == 1 else _negative(other)
+    return jax.lax.mul(x, y) if _alike(x, y) else x * y
+
+
+def _negative(x):
+    return jax.lax.neg(x) if isinstance(x, Array) else -x
+
+
+def _alike(x, y) -> bool:
+    arrays = isinstance(x, Array) and isinstance(y, Array)
+    return arrays and x.shape == y.shape and x.dtype == y.dtype
 
 
 def _first(key: Key) -> Key:
@@ -186,15 +256,7 @@ def _first(key: Key) -> Key:
 #
 
 
-def _exp(x, n: int):
-    return [jnp.exp(x)] * (n + 1)
-
-
-def _log(x, n: int):
-    return [jnp.log(x), *_power(1 / x, x, -1, n - 1)]
-
-
-def _power(value, x, exponent, n: int) -> list:
+def power(value, x, exponent, n: int) -> list:
     # Of c x^e, where `value` is that.
     out = [value]
     if n > 0:
@@ -202,10 +264,6 @@ def _power(value, x, exponent, n: int) -> list:
         for i in range(n):
             out.append((exponent - i) * inverse * out[-1])
     return out[: n + 1]
-
-
-def _reciprocal(x, n: int):
-    return _power(1 / x, x, -1, n)
 
 
 def _sine(x, n: int):
@@ -217,7 +275,7 @@ def _cosine(x, n: int):
     return _sine(x, n + 1)[1:]
 
 
-def _automatic(fn: Callable, x, n: int):
+def automatic(fn: Callable, x, n: int):
     out = []
     for _ in range(n + 1):
         out.append(fn(x))
@@ -225,270 +283,7 @@ def _automatic(fn: Callable, x, n: int):
     return out
 
 
-_CHAINS: dict[str, Callable] = {
-    "exp": _exp,
-    "log": _log,
-    "sqrt": lambda x, n: _power(jnp.sqrt(x), x, 0.5, n),
-    "rsqrt": lambda x, n: _power(1 / jnp.sqrt(x), x, -0.5, n),
-    "sin": _sine,
-    "cos": _cosine,
-}
-
-
-def _apply(fn: Callable[[Any, int], list], f):
-    return f.compose(fn(f.value, f.order))
-
-
-#
-# Tracing
-#
-
-
-def propagate(fn: Callable, inputs: Sequence[np.ndarray], like: Sequence[Array]):
-    # `fn` of arrays, as many as there are inputs, to a number. Inputs are arrays of
-    # `Series` and numbers, and `like` are arrays of their shapes.
-    closed = jax.make_jaxpr(fn)(*like)
-    (out,) = _interpret(closed.jaxpr, closed.consts, inputs)
-    return _numbers(out).reshape(-1)[0]
-
-
-def _interpret(jaxpr, consts, inputs) -> list:
-    known = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, inputs))
-    read = lambda v: v.val if isinstance(v, jex.Literal) else known[v]
-    for eqn in jaxpr.eqns:
-        operands = [read(v) for v in eqn.invars]
-        if not any(map(_is_active, operands)):
-            outs = _plainly(eqn, operands)
-        else:
-            outs = _step(eqn, operands)
-        known.update(zip(eqn.outvars, outs))
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _plainly(eqn, operands) -> Sequence[Array]:
-    # One operation on arrays.
-    params = eqn.primitive.get_bind_params(eqn.params)
-    # Indices have to be known now: they are computed and not traced.
-    known = not any(map(_is_traced, operands))
-    with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
-        outs = eqn.primitive.bind(*operands, **params)
-    return outs if eqn.primitive.multiple_results else [outs]
-
-
-def _is_active(x) -> bool:
-    # Whether it may have derivatives.
-    return isinstance(x, np.ndarray) and x.dtype == object
-
-
-def _numbers(x) -> np.ndarray:
-    # Any array, as an array of numbers.
-    if _is_active(x):
-        return x
-    out = np.empty(np.shape(x), object)
-    for i in np.ndindex(out.shape):
-        out[i] = x[i] if i else x
-    return out
-
-
-def _value(x):
-    return x.value if isinstance(x, Series) else x
-
-
-def _step(eqn, operands) -> list:
-    name, params = eqn.primitive.name, eqn.params
-    if name in ("pjit", "jit", "closed_call", "remat", "remat2", "checkpoint"):
-        inner = params.get("jaxpr", params.get("call_jaxpr"))
-        consts = getattr(inner, "consts", ())
-        return _interpret(getattr(inner, "jaxpr", inner), consts, operands)
-    if name in ("custom_jvp_call", "custom_vjp_call"):
-        return [_custom(eqn, operands)]
-    if name in _MOVES:
-        return _move(eqn, operands)
-    if name == "reduce_sum":
-        return [_reduce(operands[0], params["axes"], operator.add)]
-    if name == "reduce_prod":
-        return [_reduce(operands[0], params["axes"], _multiply)]
-    if name == "dot_general":
-        return [_dot(*operands, **params)]
-    shape = eqn.outvars[0].aval.shape
-    elements = [np.broadcast_to(_numbers(x), shape) for x in operands]
-    out = np.empty(shape, object)
-    for i in np.ndindex(shape):
-        out[i] = _element(eqn, [x[i] for x in elements])
-    return [out]
-
-
-# These do nothing but put numbers elsewhere.
-_MOVES = (
-    "broadcast_in_dim",
-    "concatenate",
-    "copy",
-    "copy_p",
-    "dynamic_slice",
-    "gather",
-    "reshape",
-    "rev",
-    "slice",
-    "split",
-    "squeeze",
-    "stack",
-    "transpose",
-    "unstack",
-)
-
-
-def _move(eqn, operands) -> list[np.ndarray]:
-    # Whatever it does to the numbers, it does to their positions.
-    positions, numbers = [], []
-    for x in operands:
-        if not _is_active(x) and jnp.issubdtype(jnp.result_type(x), jnp.integer):
-            positions.append(x)  # Where to.
-            continue
-        x = _numbers(x)
-        count = np.arange(x.size, dtype=np.int32).reshape(x.shape)
-        positions.append(count + len(numbers))
-        numbers.extend(x.reshape(-1))
-    if any(map(_is_traced, positions)):
-        raise Unsupported(eqn.primitive.name)
-    outs = []
-    for moved in map(np.asarray, _plainly(eqn, list(map(_constant, positions)))):
-        out = np.empty(moved.shape, object)
-        for i in np.ndindex(out.shape):
-            if not 0 <= moved[i] < len(numbers):
-                raise Unsupported(eqn.primitive.name)
-            out[i] = numbers[moved[i]]
-        outs.append(out)
-    return outs
-
-
-def _is_traced(x) -> bool:
-    return isinstance(x, jax.core.Tracer)  # pyright: ignore
-
-
-def _constant(x) -> Array:
-    with jax.ensure_compile_time_eval():
-        return jnp.asarray(x)
-
-
-def _multiply(x, y):
-    return x * y if isinstance(x, Series) else y * x
-
-
-def _reduce(x: np.ndarray, axes, combine: Callable) -> np.ndarray:
-    kept = [a for a in range(x.ndim) if a not in axes]
-    shape = tuple(x.shape[a] for a in kept)
-    moved = np.transpose(x, (*kept, *axes)).reshape(*shape, -1)
-    out = np.empty(shape, object)
-    for i in np.ndindex(shape):
-        out[i] = ft.reduce(combine, moved[i])
-    return out
-
-
-def _dot(x, y, *, dimension_numbers, **_) -> np.ndarray:
-    (axes_x, axes_y), (batch, _) = dimension_numbers
-    if batch:
-        raise Unsupported
-    x, y = _numbers(x), _numbers(y)
-    free_x = [a for a in range(x.ndim) if a not in axes_x]
-    free_y = [a for a in range(y.ndim) if a not in axes_y]
-    shape_x, shape_y = [x.shape[a] for a in free_x], [y.shape[a] for a in free_y]
-    x = np.transpose(x, (*free_x, *axes_x)).reshape(*shape_x, -1)
-    y = np.transpose(y, (*free_y, *axes_y)).reshape(*shape_y, -1)
-    out = np.empty((*shape_x, *shape_y), object)
-    for i in np.ndindex(out.shape):
-        a, b = x[i[: len(free_x)]], y[i[len(free_x) :]]
-        out[i] = ft.reduce(operator.add, map(_multiply, a, b))
-    return out
-
-
-def _custom(eqn, operands) -> np.ndarray:
-    # A function of one number that comes with its own derivative.
-    sizes = [np.size(x) for x in operands if _is_active(x)]
-    single = len(eqn.outvars) == 1 and eqn.outvars[0].aval.size == 1
-    if sizes != [1] or not single:
-        raise Unsupported
-    position = next(i for i, x in enumerate(operands) if _is_active(x))
-    shape = np.shape(operands[position])
-
-    def fn(x):
-        rest = list(operands)
-        rest[position] = jnp.reshape(x, shape)
-        (out,) = _plainly(eqn, rest)
-        return jnp.reshape(out, ())
-
-    out = np.empty(eqn.outvars[0].aval.shape, object)
-    f = operands[position].reshape(-1)[0]
-    if isinstance(f, Series):
-        f = _apply(lambda x, n: _automatic(fn, x, n), f)
-    else:
-        f = fn(f)
-    out[(0,) * out.ndim] = f
-    return out
-
-
-_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "is_finite")
-
-
-def _element(eqn, operands: list):
-    # One number of an operation that acts on each.
-    name, params = eqn.primitive.name, eqn.params
-    values = [_value(x) for x in operands]
-    active = [isinstance(x, Series) for x in operands]
-    plain = lambda *v: eqn.primitive.bind(*v, **params)
-    if not any(active) or name in _COMPARISONS:
-        return plain(*values)
-    x, y = operands[0], operands[-1]
-    if name in ("add", "add_any"):
-        return x + y
-    if name == "sub":
-        return x - y
-    if name == "neg":
-        return -x
-    if name == "mul":
-        return _multiply(x, y)
-    if name == "square":
-        return x * x
-    if name == "div":
-        if not isinstance(y, Series):
-            return x * (1 / y)
-        inverse = _apply(_reciprocal, y)
-        return inverse * x
-    if name == "integer_pow" and params["y"] == 2:
-        return x * x
-    if name == "integer_pow":
-        return _apply(lambda v, n: _integer_power(v, params["y"], n), x)
-    if name == "pow" and not active[1]:
-        return _apply(lambda v, n: _power(plain(v, y), v, y, n), x)
-    if name == "pow":
-        logarithm = _apply(_log, x) if isinstance(x, Series) else jnp.log(x)
-        return _apply(_exp, y * logarithm)
-    if name == "select_n":
-        return _select(values[0], operands[1:])
-    if name in ("max", "min"):
-        smaller = values[0] < values[1]
-        first_last = [y, x] if name == "min" else [x, y]
-        return _select(smaller, first_last)
-    if name in ("floor", "ceil", "round", "sign", "stop_gradient"):
-        return plain(*values)
-    if name == "abs":
-        return x * jnp.sign(x.value)
-    if name == "convert_element_type":
-        return x.map(plain)
-    if len(operands) == 1 and name in _CHAINS:
-        return _apply(_CHAINS[name], x)
-    if len(operands) == 1 and name in _AUTOMATIC:
-        return _apply(lambda v, n: _automatic(plain, v, n), x)
-    raise Unsupported(name)
-
-
-_AUTOMATIC = (
-    *("tanh", "logistic", "log1p", "expm1", "erf", "erfc", "erf_inv", "cbrt", "tan"),
-    *("sinh", "cosh", "asinh", "acosh", "atanh", "asin", "acos", "atan"),
-    *("lgamma", "digamma", "exp2"),
-)
-
-
-def _integer_power(x, exponent: int, n: int) -> list:
+def integer_power(x, exponent: int, n: int) -> list:
     # Not by division, which fails at zero.
     out, factor = [], 1
     for i in range(n + 1):
@@ -499,15 +294,20 @@ def _integer_power(x, exponent: int, n: int) -> list:
     return out
 
 
-def _select(which, cases: list):
-    active = [c for c in cases if isinstance(c, Series)]
-    if not active:
-        return jax.lax.select_n(which, *cases)
-    scope = active[0].scope
-    terms = [c.terms if isinstance(c, Series) else {scope.zero: c} for c in cases]
-    zero = jnp.zeros_like(active[0].value)
-    keys = set().union(*terms)
-    pick = lambda k: jax.lax.select_n(
-        which, *[jnp.asarray(t.get(k, zero), zero.dtype) for t in terms]
-    )
-    return Series(scope, {k: pick(k) for k in keys})
+CHAINS: dict[str, Callable] = {
+    "sqrt": lambda x, n: power(jnp.sqrt(x), x, 0.5, n),
+    "rsqrt": lambda x, n: power(1 / jnp.sqrt(x), x, -0.5, n),
+    "sin": _sine,
+    "cos": _cosine,
+}
+
+
+def apply(fn: Callable[[Any, int], list], f):
+    return f.compose(fn(f.value, f.order))
+
+
+def each(fn: Callable, ndim: int) -> Callable:
+    # A function of scalars, of arrays element by element.
+    for _ in range(ndim):
+        fn = jax.vmap(fn)
+    return fn

@@ -60,9 +60,10 @@ class Gibbs(AbstractFeatureKernel):
     def pair(self, f: PyTree[Array], g: PyTree[Array]) -> Float[Array, ""]:
         (x, length_x), (y, length_y) = f, g
         squares = length_x * length_x + length_y * length_y
-        # Everything in the exponent: derivatives of a logarithm of a product are cheap,
-        # those of a square root of it are not. A scalar counts once per dimension.
-        prefactor = jnp.sum(jnp.log(2 * length_x * length_y / squares))
+        # Everything in the exponent, and one logarithm for each factor: so derivatives
+        # are cheap. A scalar counts once per dimension.
+        logarithms = jnp.log(2 * length_x) + jnp.log(length_y) - jnp.log(squares)
+        prefactor = jnp.sum(logarithms)
         if jnp.ndim(length_x) == 0:
             prefactor = prefactor * x.size
         return jnp.exp(0.5 * prefactor - jnp.sum((x - y) ** 2 / squares))
