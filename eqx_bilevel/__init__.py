@@ -1,4 +1,4 @@
-import importlib.metadata
+from importlib.metadata import version as _version
 
 from ._adjoint import (
     FixedPointAdjoint as FixedPointAdjoint,
@@ -50,4 +50,4 @@ from ._solve import solve as solve
 from ._whitened import solve_whitened as solve_whitened
 
 
-__version__ = importlib.metadata.version("eqx_bilevel")
+__version__ = _version("eqx_bilevel")

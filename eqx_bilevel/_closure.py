@@ -1,3 +1,4 @@
+import dis
 import functools as ft
 import types
 from typing import Any
@@ -7,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import wadler_lindig as wl
+
+from ._pretty import named_doc
 
 
 class _ByIdentity:
@@ -42,6 +46,12 @@ class _Function(eqx.Module):
         )
         function.__kwdefaults__ = self.kwdefaults
         return function(*args, **kwargs)
+
+    def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
+        data = dict(zip(self.code.co_freevars, self.closure)) | self.read
+        inside = wl.named_objs(data.items(), **kwargs)
+        name = f"<function {self.name}>"
+        return named_doc(name, inside, **kwargs) if inside else wl.TextDoc(name)
 
 
 # Of these a function may rely on the very object that it closes over, unless there are
@@ -110,12 +120,15 @@ def _convert(fn, inside: tuple):
     )
 
 
+_READS = ("LOAD_GLOBAL", "LOAD_NAME")
+
+
 def _globals_of(fn: types.FunctionType) -> dict[str, Any]:
-    # Also what functions defined inside it read. Some of these names are attributes
-    # that happen to be called like a variable: no harm is done.
+    # Also what functions defined inside it read.
     codes, names = [fn.__code__], set()
     for code in codes:
-        names.update(code.co_names)
+        # Not `co_names`, which has the names of attributes as well.
+        names.update(i.argval for i in dis.get_instructions(code) if i.opname in _READS)
         codes.extend(c for c in code.co_consts if isinstance(c, types.CodeType))
     found = {n: fn.__globals__[n] for n in sorted(names & fn.__globals__.keys())}
     return {n: x for n, x in found.items() if _is_data(x)}

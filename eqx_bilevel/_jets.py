@@ -8,6 +8,8 @@ import equinox as eqx
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 
@@ -56,10 +58,16 @@ class Jet:
         """
         index = [0] * self._dim
         for axis in axes:
+            if not isinstance(axis, int | np.integer):
+                raise ValueError(
+                    "`u.d` takes one integer for each derivative, such as `u.d(0, 0)`, "
+                    f"got {axis!r}."
+                )
             if not -self._dim <= axis < self._dim:
                 raise ValueError(
-                    f"`u.d{axes}` asks for a derivative along dimension {axis}, but "
-                    f"the points have {self._dim} dimension(s): 0 to {self._dim - 1}."
+                    f"`u.d({', '.join(map(str, axes))})` asks for a derivative along "
+                    f"dimension {axis}, but the points have {self._dim} dimension(s), "
+                    f"counted from 0 to {self._dim - 1}."
                 )
             index[axis] += 1
         return self._get(tuple(index))
@@ -81,8 +89,45 @@ class Jet:
         dims = range(self._dim)
         return jnp.stack([jnp.stack([self.d(i, j) for j in dims]) for i in dims])
 
+    def __call__(self, *args):
+        raise TypeError(
+            "`u` is not a function but what an unknown function and its derivatives "
+            "are at `x`: use `u.value`, `u.d(0)`, `u.grad`, ..."
+        )
+
+    def __getitem__(self, name):
+        raise TypeError(
+            f"`u[{name!r}]` is for several unknown functions. There is one, and `u` is "
+            "its jet: use `u.value`, `u.d(0)`, `u.grad`, ..."
+        )
+
     def __repr__(self):
         return f"Jet(dim={self._dim})"
+
+
+@jtu.register_pytree_node_class
+class _Jets(dict):
+    # What an operator gets if there are several unknowns.
+
+    def tree_flatten(self):
+        return tuple(self.values()), tuple(self)
+
+    @classmethod
+    def tree_unflatten(cls, names, jets):
+        return dict(zip(names, jets))
+
+    def __missing__(self, name):
+        raise KeyError(
+            f"There is no unknown function {name!r}: the prior has {list(self)}."
+        )
+
+    def __getattr__(self, name):
+        if hasattr(Jet, name):
+            raise AttributeError(
+                f"`u.{name}` is for one unknown function. Here `u` is a dictionary "
+                f"with the jets of {list(self)}: use `u[{next(iter(self))!r}].{name}`."
+            )
+        raise AttributeError(name)
 
 
 class Unknowns(NamedTuple):
@@ -108,7 +153,7 @@ def _view(names: Sequence[str], single: bool, get: Callable, dim: int):
     views = {
         name: Jet(lambda index, name=name: get(name, index), dim) for name in names
     }
-    return views[names[0]] if single else views
+    return views[names[0]] if single else _Jets(views)
 
 
 def _ravel(out: Any, dtype) -> Float[Array, " q"]:
@@ -167,6 +212,18 @@ def trace(operator: Any, unknowns: Unknowns, dim: int, dtype, name: str) -> Trac
             )
         if len(jax.tree.leaves(out)) == 0:
             raise ValueError(f"The operator of condition {name!r} returned nothing.")
+        for leaf in jax.tree.leaves(out):
+            if not eqx.is_array_like(leaf):
+                raise ValueError(
+                    f"The operator of condition {name!r} must return numbers, got a "
+                    f"{type(leaf).__name__}. Note that `u.d` is called, `u.d(0)`, and "
+                    "that the others are not: `u.value`, `u.laplacian`."
+                )
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
+                raise ValueError(
+                    f"The operator of condition {name!r} must return what is to equal "
+                    "the target, but it returned a truth value."
+                )
         return [
             _ravel(leaf, dtype).reshape(jnp.shape(leaf))
             for leaf in jax.tree.leaves(out)

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._adjoint import FixedPointAdjoint, FrozenAdjoint
-from ._condition import Condition, GaussianProcess
+from ._condition import Condition, GaussianProcess, is_concrete
 from ._gauss_newton import GaussNewton
 from ._krylov import FixedPointGMRES
 from ._objectives import AbstractObjective
@@ -155,6 +155,11 @@ def learn(
     true and there is no useful solution.
     """
     adjoint = _adjoint(gradient)
+    if not all(map(is_concrete, jax.tree.leaves((prior, conditions, objective)))):
+        raise ValueError(
+            "`learn` is a loop in Python around compiled steps: it cannot be called "
+            "inside `jax.jit`, `jax.grad` or `jax.vmap`. `solve` can."
+        )
     prior, conditions = checked(prior, conditions)
     if not isinstance(objective, AbstractObjective):
         raise ValueError(
@@ -174,10 +179,12 @@ def learn(
     tried: list[tuple[float, float]] = []
     if scale_search:
         num = 8 if scale_search is True else scale_search
+        record.note("Compiling the scale search.")
         prior, tried = _search(prior, conditions, task, num, record)
     theta, task = _separate(prior, conditions, task)
     if patience is None:
         patience = 200 if isinstance(optimiser, optax.GradientTransformation) else 3
+    record.note("Compiling the step.")
     converged = _minimise(
         optimiser, theta, task, steps, key, record, rtol, patience, bool(tried)
     )
@@ -265,6 +272,10 @@ class _Record:
         self.best = self.searched = np.inf
         self.outcome: Outcome | None = None
 
+    def note(self, text: str) -> None:
+        if self.verbose is True:
+            print(text, flush=True)
+
     def add_search(self, length: float, outcome: Outcome) -> None:
         row = self._row(outcome, np.nan, False)
         self.searched = np.fmin(self.searched, row["objective"])
@@ -283,7 +294,8 @@ class _Record:
         self.rows.append(row)
         self._report(
             "step {step:5d}   objective {objective:.6e}   best {best:.6e}   "
-            "inner steps {inner_steps:3d}   {seconds:.1f} s",
+            "inner steps {inner_steps:3d}   {seconds:.1f} s"
+            + ("" if accepted else "   not accepted"),
             dict(step=len(self.rows), **row),
         )
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
-from ._condition import as_points, as_target, Condition
+from ._condition import as_points, as_target, Condition, is_concrete
 from ._parameters import unwrap
 from ._problem import condition_name, target_array
 from ._solution import Solution
@@ -124,7 +125,7 @@ class ValidationResidual(AbstractObjective):
         leaves = [
             leaf.reshape(len(self.points), -1) for leaf in jax.tree.leaves(values)
         ]
-        wanted = target_array(unwrap(target), found, self.points, "of the validation")
+        wanted = target_array(unwrap(target), found, self.points, "the validation")
         return (jnp.concatenate(leaves, axis=1) - wanted).reshape(-1)
 
     def batch(self, key: PRNGKeyArray) -> AbstractObjective:
@@ -150,6 +151,14 @@ class ValidationResidual(AbstractObjective):
                 f"The validation points have {self.points.shape[1]} dimension(s), but "
                 f"those of the conditions have {condition.points.shape[1]}."
             )
+        if is_concrete(self.points) and is_concrete(condition.points):
+            fitted = set(map(tuple, np.asarray(condition.points).tolist()))
+            if fitted.issuperset(map(tuple, np.asarray(self.points).tolist())):
+                raise ValueError(
+                    "All validation points are points of the condition itself, where "
+                    "it holds for any hyperparameters. Use other points, for instance "
+                    "with another `key`."
+                )
 
     def pooled(self, conditions: Sequence[Condition]) -> list[Condition]:
         condition = self._find(conditions)

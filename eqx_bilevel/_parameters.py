@@ -13,6 +13,8 @@ import numpy as np
 import wadler_lindig as wl
 from jaxtyping import Array, ArrayLike, DTypeLike, Float, PyTree
 
+from ._pretty import named_doc
+
 
 _Values: TypeAlias = ArrayLike | Sequence[ArrayLike]
 
@@ -82,7 +84,7 @@ class Positive(AbstractParameter):
         return jnp.exp(jnp.clip(self.raw, lower, upper))
 
     def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
-        return _named_doc("Positive", [_value_doc(self, **kwargs)], **kwargs)
+        return named_doc("Positive", [_value_doc(self, **kwargs)], **kwargs)
 
 
 Positive.__init__.__doc__ = """**Arguments:**
@@ -140,7 +142,7 @@ class Bounded(AbstractParameter):
     def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
         bounds = wl.named_objs([("lower", self.lower), ("upper", self.upper)], **kwargs)
         docs = [_value_doc(self, **kwargs), *bounds]
-        return _named_doc("Bounded", docs, **kwargs)
+        return named_doc("Bounded", docs, **kwargs)
 
 
 Bounded.__init__.__doc__ = """**Arguments:**
@@ -175,7 +177,7 @@ class Unconstrained(AbstractParameter):
         return self.raw
 
     def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
-        return _named_doc("Unconstrained", [_value_doc(self, **kwargs)], **kwargs)
+        return named_doc("Unconstrained", [_value_doc(self, **kwargs)], **kwargs)
 
 
 Unconstrained.__init__.__doc__ = """**Arguments:**
@@ -206,7 +208,7 @@ class Frozen(AbstractParameter):
         return jtu.tree_map(_stop_gradient, unwrap(self.wrapped))
 
     def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
-        return _named_doc("Frozen", [_array_doc(self.wrapped, **kwargs)], **kwargs)
+        return named_doc("Frozen", [_array_doc(self.wrapped, **kwargs)], **kwargs)
 
 
 Frozen.__init__.__doc__ = """**Arguments:**
@@ -389,11 +391,6 @@ def _show(x: np.ndarray) -> str:
     return np.array2string(
         x, separator=", ", formatter={"all": number}, threshold=_MAX_SHOWN
     )
-
-
-def _named_doc(name: str, docs: list[wl.AbstractDoc], **kwargs) -> wl.AbstractDoc:
-    begin, end = wl.TextDoc(name + "("), wl.TextDoc(")")
-    return wl.bracketed(begin, docs, wl.comma, end, kwargs["indent"])
 
 
 # In a gradient, a filter specification or a `jax.eval_shape` the stored variable need

@@ -182,7 +182,8 @@ def build(prior, conditions: Sequence[Condition]) -> Problem:
     for i, (condition, trace) in enumerate(zip(conditions, traces)):
         name = condition_name(condition, i)
         mean = jets_of(means, trace.jets, condition.points)
-        target = target_array(condition.target, trace, condition.points, name)
+        whose = f"condition {name!r}"
+        target = target_array(condition.target, trace, condition.points, whose)
         scale = _scale(kernels, condition, unknowns, trace, mean)
         variance, scale = _variance(condition, scale)
         rows.append(
@@ -226,7 +227,7 @@ def by_name(
     return known
 
 
-def target_array(target, trace: Trace, points, name: str) -> Float[Array, "n q"]:
+def target_array(target, trace: Trace, points, whose: str) -> Float[Array, "n q"]:
     n, dtype = len(points), points.dtype
     if callable(target):
         leaves = jax.tree.leaves(jax.vmap(target)(points))
@@ -242,7 +243,7 @@ def target_array(target, trace: Trace, points, name: str) -> Float[Array, "n q"]
     if not ok:
         got = [leaf.shape for leaf in leaves]
         raise ValueError(
-            f"The target of condition {name!r} must be a number, a function of a "
+            f"The target of {whose} must be a number, a function of a "
             f"point, or have the shape(s) {shapes} (number of points, then the shape "
             f"of the operator's value), got {got}."
         )

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import wadler_lindig as wl
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from ._closure import function_as_pytree
@@ -22,6 +23,7 @@ from ._jets import (
     trace,
 )
 from ._parameters import unwrap
+from ._pretty import named_doc
 from ._problem import (
     block_product,
     curvatures,
@@ -74,6 +76,11 @@ class Solution(eqx.Module):
         """Evaluates the solution at one or many points."""
         return self.d()(x)
 
+    def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
+        shown = ("prior", "conditions", "weights", "result", "stats")
+        fields = wl.named_objs([(k, getattr(self, k)) for k in shown], **kwargs)
+        return named_doc("Solution", fields, **kwargs)
+
     def d(self, *axes: int) -> Callable:
         """A partial derivative of the solution, as a function of one or many points:
         `solution.d(0)(x)`, `solution.d(1, 1)(x)`.
@@ -101,6 +108,10 @@ class Solution(eqx.Module):
     ) -> PyTree[Float[Array, "*n"]]:
         """Posterior standard deviations at one or many points, of the conditions
         linearised at the solution and for these hyperparameters.
+
+        They are as good as the prior is: if its variance or its lengthscales are far
+        from those of the true function then they can be wrong by orders of magnitude,
+        and they do not include the uncertainty of the hyperparameters.
 
         **Arguments:**
 

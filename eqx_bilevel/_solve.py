@@ -23,6 +23,7 @@ from ._problem import (
     condition_name,
     jets_of,
     linearise,
+    names_of,
     noise_variances,
     prior_z,
     Problem,
@@ -102,9 +103,13 @@ def solve(
             "`adjoint` must be an `eqx_bilevel.FixedPointAdjoint` or an "
             f"`eqx_bilevel.FrozenAdjoint`, got a {type(adjoint).__name__}."
         )
-    if max_steps < 1:
-        raise ValueError(f"`max_steps` must be at least 1, got {max_steps}.")
+    if not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"`max_steps` must be a positive integer, got {max_steps}.")
     prior, conditions = checked(prior, conditions)
+    if isinstance(initial, Mapping):
+        unknown = sorted(initial.keys() - set(names_of(prior).names))
+        if unknown:
+            raise ValueError(f"`initial` is for unknown function(s) {unknown}.")
     initial = functions_as_pytrees(initial)
     return _solve(prior, conditions, solver, adjoint, initial, max_steps, throw)
 
@@ -136,6 +141,7 @@ def checked(prior, conditions):
     # Everything that can be said before compiling. Returns the arguments with plain
     # functions taken apart.
     prior = dict(prior) if isinstance(prior, Mapping) else prior
+    prior, conditions = functions_as_pytrees((prior, conditions))
     trace_conditions(*unwrap((prior, conditions)))
     dtype = conditions[0].points.dtype
     if dtype != jnp.dtype("float64"):
@@ -148,7 +154,7 @@ def checked(prior, conditions):
         )
     for i, condition in enumerate(conditions):
         _check_values(condition, condition_name(condition, i))
-    return functions_as_pytrees((prior, list(conditions)))
+    return prior, list(conditions)
 
 
 def _check_values(condition: Condition, name: str) -> None:

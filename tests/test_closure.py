@@ -296,6 +296,17 @@ def test_global_array(value, monkeypatch):
     np.testing.assert_array_equal(count(make(), X), value * X)
 
 
+def test_attribute_called_like_a_global(monkeypatch):
+    # `x.T` does not read the variable `T`, whatever that is.
+    make = lambda: lambda x: x.T
+    count = Counter()
+    for value in (1.0, 2.0, jnp.array(jnp.nan), eqx.nn.Identity()):
+        monkeypatch.setitem(globals(), "T", value)
+        assert jax.tree.leaves(function_as_pytree(make())) == []
+        count(make(), X)
+    assert count.traces == 1
+
+
 def test_global_number(monkeypatch):
     make = lambda: lambda x: NUMBER * x
     count = Counter()
@@ -323,6 +334,17 @@ def test_global_function(monkeypatch):
     np.testing.assert_array_equal(count(make(), X), X)
     monkeypatch.setitem(globals(), "_helper", lambda x: 5.0 * x)
     np.testing.assert_array_equal(count(make(), X), 5 * X)
+
+
+def test_repr():
+    strength = jnp.ones(2)
+    fn = function_as_pytree(lambda u: strength * u)
+    assert repr(fn) == "<function <lambda>>(strength=f64[2])"
+    assert repr(function_as_pytree(_without_data)) == "<function _without_data>"
+
+
+def _without_data(x):
+    return x
 
 
 #
@@ -449,3 +471,26 @@ def test_solve_sees_changed_globals(monkeypatch):
     after = _predict(make())
     np.testing.assert_allclose(after, _predict(Reaction(jnp.array(0.1))), rtol=1e-9)
     assert abs(after - before) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ("global", "closure", "default", "partial"))
+def test_parameters_in_functions(kind, monkeypatch):
+    # Operators see their values, and `learn` learns them.
+    parameter = eb.Positive(2.0)
+    monkeypatch.setitem(globals(), "GLOBAL", parameter)
+
+    def given(strength, u, x):
+        return strength * u.value
+
+    operators = {
+        "global": lambda u, x: GLOBAL * u.value,
+        "closure": lambda u, x: parameter * u.value,
+        "default": lambda u, x, strength=parameter: strength * u.value,
+        "partial": ft.partial(given, parameter),
+    }
+    condition = eb.Condition(operators[kind], POINTS, 3.0)
+    solution = eb.solve(eb.GaussianProcess(eb.Gaussian(0.5)), [condition])
+    np.testing.assert_allclose(solution(POINTS), 1.5, rtol=1e-6)
+    is_parameter = lambda x: isinstance(x, eb.Positive)
+    inside = jax.tree.leaves(solution.conditions, is_leaf=is_parameter)
+    assert any(map(is_parameter, inside))

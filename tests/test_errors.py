@@ -87,6 +87,10 @@ class Vector(eb.AbstractKernel):
         return jnp.exp(-((x - y) ** 2))
 
 
+def _objective():
+    return eb.ValidationResidual(grid, "ends")
+
+
 both = {"u": _prior(), "v": _prior()}
 one_twice = {"u": eb.Condition(lambda u, x: u["u"].value, ends, name="pde")}
 data = [_pde(), _ends()]
@@ -289,7 +293,7 @@ _wrong = {
     ),
     "initial": (
         lambda: _solve(_pde(), initial={"v": _exact}),
-        r"`initial` must be a function.*\['u'\]",
+        r"`initial` is for unknown function\(s\) \['v'\]",
     ),
     "initial of one": (
         lambda: _solve(
@@ -303,9 +307,21 @@ _wrong = {
         lambda: _solve(_pde(reference={"v": _exact})),
         r"`reference` must be a function.*\['u'\]",
     ),
+    "axes in a tuple": (
+        lambda: _solve(_pde(operator=lambda u, x: u.d((0, 0)))),
+        r"one integer for each.*got \(0, 0\)",
+    ),
     "max_steps": (
         lambda: _solve(_pde(), max_steps=0),
-        "`max_steps` must be at least 1, got 0",
+        "`max_steps` must be a positive integer, got 0",
+    ),
+    "initial that nobody needs": (
+        lambda: _solve(
+            eb.Condition(lambda u, x: u["u"].value - u["v"].value, ends, noise=0.1),
+            prior=both,
+            initial={"w": _exact},
+        ),
+        r"`initial` is for unknown function\(s\) \['w'\]",
     ),
     # The outer problem.
     "batch size": (
@@ -345,6 +361,18 @@ _wrong = {
         ),
         "`optimiser` must be an Optax optimiser.*got a str",
     ),
+    "validation where it was fitted": (
+        lambda: eb.learn(_prior(), data, eb.ValidationResidual(ends, "ends")),
+        "All validation points are points of the condition itself",
+    ),
+    "target of the validation": (
+        lambda: eb.learn(_prior(), data, eb.ValidationResidual(grid, target=ends)),
+        r"target of the validation must be.*\[\(5,\)\].*got \[\(2, 1\)\]",
+    ),
+    "learn inside jit": (
+        lambda: jax.jit(lambda x: eb.learn(_prior(x), data, _objective()))(0.5),
+        "`learn` is a loop in Python",
+    ),
     "name of a condition": (
         lambda: eb.learn(_prior(), data, eb.ValidationResidual(grid, "end")),
         r"about condition 'end', but the conditions are \['pde', 'ends'\]",
@@ -371,7 +399,7 @@ def check(case: str) -> None:
 # The tests' checks of annotations find these too, and first. They are tested without.
 _annotated = {"points of another kind", "prior", "kernel", "operator", "no condition"}
 _annotated |= {"one condition", "generator", "solver", "whitened solver"}
-_annotated |= {"objective", "optimiser"}
+_annotated |= {"objective", "optimiser", "axes in a tuple"}
 
 
 @pytest.mark.parametrize("case", [case for case in _wrong if case not in _annotated])

@@ -61,7 +61,9 @@ def test_entries():
 
 @pytest.mark.parametrize("axes", ((2,), (-3,), (0, 5)))
 def test_axis_out_of_range(axes):
-    with pytest.raises(ValueError, match=r"`u.d\(.*2 dimension\(s\): 0 to 1"):
+    with pytest.raises(
+        ValueError, match=r"`u.d\(.*2 dimension\(s\), counted from 0 to 1"
+    ):
         _jet().d(*axes)
 
 
@@ -462,19 +464,26 @@ def test_axis_out_of_range_names_the_condition(operator):
 
 
 def test_missing_unknown():
-    with pytest.raises(KeyError, match="b") as error:
+    with pytest.raises(
+        KeyError, match=r"no unknown function 'b'.*\['u', 'a'\]"
+    ) as error:
         traced(lambda u, x: u["b"].value, TWO)
     assert "'pde'" in _note(error)
     assert "'u'" in _note(error) and "'a'" in _note(error)
 
 
 def test_dictionary_or_jet():
-    with pytest.raises(TypeError, match="subscriptable") as error:
+    with pytest.raises(TypeError, match=r"There is one, and `u` is its jet") as error:
         traced(lambda u, x: u["u"].value)
     assert "'pde'" in _note(error) and "a jet" in _note(error)
-    with pytest.raises(AttributeError, match="value") as error:
+    with pytest.raises(AttributeError, match=r"use `u\['u'\].value`") as error:
         traced(lambda u, x: u.value, TWO)
     assert "'pde'" in _note(error) and "dictionary" in _note(error)
+
+
+def test_not_a_function():
+    with pytest.raises(TypeError, match="`u` is not a function"):
+        traced(lambda u, x: u(x))
 
 
 def test_wrong_signature():
@@ -548,8 +557,14 @@ def test_python_control_flow():
     assert "'pde'" in _note(error)
 
 
-# A text or the like instead of a number.
-def test_not_a_number():
-    with pytest.raises(TypeError) as error:
-        traced(lambda u, x: (u.value, "u"))
+# A text or the like instead of a number; or a derivative without its dimension.
+@pytest.mark.parametrize("wrong", (lambda u: "u", lambda u: u.d))
+def test_not_a_number(wrong):
+    with pytest.raises(ValueError, match="must return numbers, got a") as error:
+        traced(lambda u, x: (u.value, wrong(u)))
     assert "'pde'" in _note(error)
+
+
+def test_truth_value():
+    with pytest.raises(ValueError, match="returned a truth value"):
+        traced(lambda u, x: u.value > 0)

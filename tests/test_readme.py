@@ -13,13 +13,26 @@ def _cole_hopf(t, x, viscosity):
     return -np.sum(np.sin(np.pi * y) * heat) / np.sum(heat)
 
 
+def _run(file: str) -> dict:
+    path = pathlib.Path(__file__).parent.parent / file
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
+        exec(code, names)
+    return names
+
+
 def test_example():
-    readme = pathlib.Path(__file__).parent.parent / "README.md"
-    (code,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
-    names = {}
-    exec(code, names)
+    names = _run("README.md")
     grid = eb.Box([0.1, -0.9], [1.0, 0.9]).grid(12)
     exact = np.array([_cole_hopf(*x, 0.1) for x in np.asarray(grid)])
     error = lambda solution: jnp.max(jnp.abs(solution(grid) - exact))
     assert error(names["learned"].solution) < 3e-3
     assert error(names["learned"].solution) < 0.5 * error(names["solution"])
+
+
+def test_examples_of_the_documentation():
+    names = _run("docs/examples.md")
+    assert abs(names["waves"]["pressure"] - names["exact"]) < 1e-4
+    assert abs(names["rate"] - 1.5) < 0.05
+    assert abs(names["peaks"][0] - 1.25) < 1e-4  # 5 x (1 - x)
+    assert np.all(np.diff(names["peaks"]) < 0)

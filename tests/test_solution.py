@@ -419,3 +419,11 @@ def test_wrong_operators(single):
         single.d(2)(elsewhere)
     with pytest.raises(ValueError, match="does not depend on the unknown"):
         single.std(elsewhere, lambda u, x: x[0])
+
+
+def test_repr(nonlinear):
+    # What a user knows, and nothing of how it was solved.
+    shown = repr(nonlinear)
+    assert shown.startswith("Solution(") and "Gaussian(" in shown
+    assert "_factor" not in shown and "code object" not in shown
+    assert len(shown.splitlines()) < 60

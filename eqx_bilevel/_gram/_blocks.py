@@ -1,5 +1,6 @@
 """Linear functionals of Gaussian processes, and their covariances by blocks of rows."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ Kernels = Mapping[str, AbstractKernel]  # by unknown; unknowns are independent
 
 # Pairs of points that are treated at once: enough to keep the cores busy, few enough to
 # stay in their caches.
-_PAIRS_AT_ONCE = 2**17
+_PAIRS_AT_ONCE = 2**16
 
 
 class Block(eqx.Module):
@@ -80,8 +81,9 @@ def _side(kernels: Kernels, block: Block, weights=None) -> _Side:
     n = block.points.shape[0]
     given = block.coefficients if weights is None else weights
     leaves, treedef = jtu.tree_flatten((sides, given))
-    numbers = [list(leaf.reshape(n, -1).T) for leaf in leaves]
-    return _Side(numbers, treedef, [leaf.shape[1:] for leaf in leaves])
+    shapes = [leaf.shape[1:] for leaf in leaves]
+    flat = [leaf.reshape(n, math.prod(s)) for leaf, s in zip(leaves, shapes)]
+    return _Side([list(leaf.T) for leaf in flat], treedef, shapes)
 
 
 def _tables(kernels: Kernels, left: Block, right: Block, left_sides, right_sides):
@@ -139,9 +141,9 @@ def _map_pairs(fn, left: _Side, right: _Side, reduce=lambda x: x):
     (n,), (m,) = left.shape, right.shape
 
     def of_rows(rows: _Side):
-        shape = (*rows.shape, m)
-        rows = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], shape), rows)
-        columns = jax.tree.map(lambda y: jnp.broadcast_to(y[None], shape), right)
+        ones = lambda x, n: jnp.ones(n, x.dtype)
+        rows = jax.tree.map(lambda x: jax.lax.dot(x[:, None], ones(x, m)[None]), rows)
+        columns = jax.tree.map(lambda y: jax.lax.dot(ones(y, rows.shape[0])[:, None], y[None]), right)
         return jax.tree.map(reduce, fn(rows, columns))
 
     chunks = -(-n * m // _PAIRS_AT_ONCE)
@@ -169,7 +171,7 @@ def _block_product(kernels: Kernels, left: Block, right: Block, vector):
         weights = jnp.einsum("nq,nqp->np", weights, right.coefficients)
     fn = lambda *sides: _products(kernels, left, right, *sides)
     sides = _side(kernels, left), _side(kernels, right, weights)
-    out = _map_pairs(fn, *sides, reduce=lambda x: jnp.sum(x, axis=1))
+    out = _map_pairs(fn, *sides, reduce=lambda x: x @ jnp.ones(x.shape[1], x.dtype))
     return jnp.stack(out, axis=1).reshape(left.size)
 
 
