@@ -34,6 +34,37 @@ def _along(fn: Callable, axis: int) -> Callable:
     return differentiated
 
 
+def derivatives(fn: Callable, indices: Sequence[Index], x: Array) -> dict[Index, Any]:
+    # Several at once, with as few evaluations as possible: those along one dimension
+    # only come together with the lower ones, and for all dimensions at a time.
+    pure = [index for index in indices if sum(index) == max(index)]
+    axes = sorted({axis for index in pure for axis, n in enumerate(index) if n > 0})
+    order = max(map(sum, pure), default=0)
+    mixed = {index: derivative(fn, index)(x) for index in indices if index not in pure}
+    if order == 0:
+        return {index: fn(x) for index in pure} | mixed
+
+    def along(direction):
+        g = lambda x: (fn(x),)
+        for _ in range(order):
+            g = _and_next(g, direction)
+        return g(x)
+
+    found = jax.vmap(along)(jnp.eye(x.size, dtype=x.dtype)[jnp.array(axes)])
+    at = lambda index: axes.index(index.index(max(index))) if sum(index) else 0
+    pick = lambda index: jax.tree.map(lambda leaf: leaf[at(index)], found[sum(index)])
+    return {index: pick(index) for index in pure} | mixed
+
+
+def _and_next(fn: Callable, direction: Array) -> Callable:
+    # From a tuple of derivatives to one with one more.
+    def longer(x):
+        values, tangents = jax.jvp(fn, (x,), (direction,))
+        return *values, tangents[-1]
+
+    return longer
+
+
 class Jet:
     """An unknown function at a point, as an operator sees it: its value and its partial
     derivatives there. What an operator uses is found out by tracing it, so nothing has

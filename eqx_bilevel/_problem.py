@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._condition import Condition, GaussianProcess, mean_function
-from ._gram import Block, covariance_product, variances
+from ._gram import Block, covariance_product, one_sides, variances
 from ._jets import (
     derivative,
     Index,
@@ -35,6 +35,7 @@ class Rows(eqx.Module):
     points: Float[Array, "n d"]
     target: Float[Array, "n q"]
     mean: Float[Array, "n p"]  # the prior mean's jets
+    sides: dict[str, Any]  # what the kernels compute of each point on its own
     variance: Float[Array, ""]  # Gamma is `variance + jitter * scale`
     scale: Float[Array, ""]
     trace: Trace = eqx.field(static=True)
@@ -182,9 +183,10 @@ def build(prior, conditions: Sequence[Condition]) -> Problem:
     for i, (condition, trace) in enumerate(zip(conditions, traces)):
         name = condition_name(condition, i)
         mean = jets_of(means, trace.jets, condition.points)
+        sides = one_sides(kernels, trace.jets, condition.points)
         whose = f"condition {name!r}"
         target = target_array(condition.target, trace, condition.points, whose)
-        scale = _scale(kernels, condition, unknowns, trace, mean)
+        scale = _scale(kernels, condition, unknowns, trace, mean, sides)
         variance, scale = _variance(condition, scale)
         rows.append(
             Rows(
@@ -192,6 +194,7 @@ def build(prior, conditions: Sequence[Condition]) -> Problem:
                 condition.points,
                 target,
                 mean,
+                sides,
                 variance,
                 scale,
                 trace,
@@ -251,7 +254,9 @@ def target_array(target, trace: Trace, points, whose: str) -> Float[Array, "n q"
     return jnp.concatenate(full, axis=1)
 
 
-def _scale(kernels, condition: Condition, unknowns, trace, mean) -> Float[Array, ""]:
+def _scale(
+    kernels, condition: Condition, unknowns, trace, mean, sides
+) -> Float[Array, ""]:
     # The mean prior variance of the condition, linearised at its reference.
     if condition.reference is not None:
         functions = by_name(condition.reference, trace.jets, unknowns, "reference")
@@ -265,7 +270,7 @@ def _scale(kernels, condition: Condition, unknowns, trace, mean) -> Float[Array,
         regular = jnp.all(jnp.isfinite(jacobian), axis=(1, 2))
         z = jnp.where(regular[:, None], z, 1.0)
         jacobian = jax.vmap(at)(z, condition.points)
-    block = Block(condition.points, jacobian, trace.jets)
+    block = Block(condition.points, jacobian, trace.jets, sides)
     return jnp.mean(variances(kernels, [block]))
 
 
@@ -313,7 +318,7 @@ def linearise(problem: Problem, z: Float[Array, " N"]) -> Linearised:
         jacobians.append(jacobian)
         rhs.append((offset + r.target - applied).reshape(-1))
     blocks = [
-        Block(r.points, jacobian, r.trace.jets)
+        Block(r.points, jacobian, r.trace.jets, r.sides)
         for r, jacobian in zip(problem.rows, jacobians)
     ]
     return Linearised(_merge(blocks), tuple(jacobians), jnp.concatenate(rhs))
@@ -338,7 +343,7 @@ def z_functionals(problem: Problem) -> tuple[Block, ...]:
     for r in problem.rows:
         jets = tuple(r.trace.jets[i] for i in r.trace.nonlinear)
         if jets:
-            blocks.append(Block(r.points, None, jets))
+            blocks.append(Block(r.points, None, jets, r.sides))
     return _merge(blocks)
 
 
@@ -347,7 +352,7 @@ def jet_changes(
 ) -> list[Array]:
     # By how much the jets of `m + k functionals^T weights` differ from those of the
     # mean, at the points of each condition.
-    blocks = [Block(r.points, None, r.trace.jets) for r in problem.rows]
+    blocks = [Block(r.points, None, r.trace.jets, r.sides) for r in problem.rows]
     flat = covariance_product(problem.kernels, _merge(blocks), functionals, weights)
     out, start = [], 0
     for r in problem.rows:

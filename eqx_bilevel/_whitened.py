@@ -111,7 +111,7 @@ def _root(covariance: Float[Array, "P P"]) -> Float[Array, "P P"]:
 def _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw):
     problem, fault = sanitised(*unwrap((prior, conditions)))
     jitter = initial_jitter(problem)
-    blocks = [Block(r.points, None, r.trace.jets) for r in problem.rows]
+    blocks = [Block(r.points, None, r.trace.jets, r.sides) for r in problem.rows]
     root = _root(covariance(problem.kernels, blocks, blocks))
     args = _Args(problem, root, noise_variances(problem, jitter))
     start = jnp.zeros(root.shape[1], problem.dtype)

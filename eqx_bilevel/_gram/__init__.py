@@ -3,6 +3,7 @@ from ._blocks import (
     covariance as covariance,
     covariance_product as covariance_product,
     Kernels as Kernels,
+    one_sides as one_sides,
     variances as variances,
 )
 from ._operator import dense as dense, GramOperator as GramOperator

@@ -30,6 +30,9 @@ class Block(eqx.Module):
     points: Float[Array, "n d"]
     coefficients: Float[Array, "n q p"] | None
     jets: tuple[tuple[str, Index], ...] = eqx.field(static=True)
+    # What `one_sides` gives for these points, and for these jets or more. Default: it
+    # is computed wherever it is needed.
+    sides: dict[str, Any] | None = None
 
     @property
     def size(self) -> int:
@@ -41,12 +44,21 @@ class Block(eqx.Module):
         return len(self.jets) if c is None else c.shape[1]
 
 
-def _by_unknown(block: Block) -> dict[str, dict[Index, int]]:
+def _by_unknown(jets) -> dict[str, dict[Index, int]]:
     # For each unknown, the indices of its jet and where they stand in the coefficients.
     out: dict[str, dict[Index, int]] = {}
-    for position, (name, index) in enumerate(block.jets):
+    for position, (name, index) in enumerate(jets):
         out.setdefault(name, {})[index] = position
     return out
+
+
+def one_sides(kernels: Kernels, jets, points: Float[Array, "n d"]) -> dict[str, Any]:
+    # What the kernels compute of each point on its own.
+    sides = {}
+    for name, indices in _by_unknown(jets).items():
+        kernel, asked = kernels[name], tuple(indices)
+        sides[name] = jax.vmap(lambda x: one_sided(kernel, asked, x))(points)
+    return sides
 
 
 class _Side(eqx.Module):
@@ -74,10 +86,9 @@ class _Side(eqx.Module):
 
 
 def _side(kernels: Kernels, block: Block, weights=None) -> _Side:
-    sides = {}
-    for name, indices in _by_unknown(block).items():
-        kernel, asked = kernels[name], tuple(indices)
-        sides[name] = jax.vmap(lambda x: one_sided(kernel, asked, x))(block.points)
+    sides = block.sides
+    if sides is None:
+        sides = one_sides(kernels, block.jets, block.points)
     n = block.points.shape[0]
     given = block.coefficients if weights is None else weights
     leaves, treedef = jtu.tree_flatten((sides, given))
@@ -88,8 +99,8 @@ def _side(kernels: Kernels, block: Block, weights=None) -> _Side:
 
 def _tables(kernels: Kernels, left: Block, right: Block, left_sides, right_sides):
     # Covariances of entries of the jets at pairs of points: (i, {j: covariance}).
-    others = _by_unknown(right)
-    for name, indices in _by_unknown(left).items():
+    others = _by_unknown(right.jets)
+    for name, indices in _by_unknown(left.jets).items():
         if name in others:
             table = pairs(
                 kernels[name],
@@ -143,7 +154,9 @@ def _map_pairs(fn, left: _Side, right: _Side, reduce=lambda x: x):
     def of_rows(rows: _Side):
         ones = lambda x, n: jnp.ones(n, x.dtype)
         rows = jax.tree.map(lambda x: jax.lax.dot(x[:, None], ones(x, m)[None]), rows)
-        columns = jax.tree.map(lambda y: jax.lax.dot(ones(y, rows.shape[0])[:, None], y[None]), right)
+        columns = jax.tree.map(
+            lambda y: jax.lax.dot(ones(y, rows.shape[0])[:, None], y[None]), right
+        )
         return jax.tree.map(reduce, fn(rows, columns))
 
     chunks = -(-n * m // _PAIRS_AT_ONCE)

@@ -19,7 +19,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array
 
-from .._jets import derivative, Index
+from .._jets import derivative, derivatives, Index
 from .._kernels import (
     AbstractFeatureKernel,
     AbstractKernel,
@@ -190,7 +190,7 @@ def _radial(index: Index, slopes, curvatures, profile):
 
 @one_sided.register
 def _(kernel: AbstractFeatureKernel, indices, x):
-    return {a: derivative(kernel.features, a)(x) for a in closure(indices)}
+    return derivatives(kernel.features, closure(indices), x)
 
 
 @pairs.register
@@ -244,7 +244,8 @@ def _features(scope: Scope, kernel: AbstractFeatureKernel, side: dict, which: in
             for index, leaves in derivatives.items():
                 key = list(scope.zero)
                 key[which] = index
-                terms[tuple(key)] = leaves[position][i]
+                if tuple(key) in scope.keys:
+                    terms[tuple(key)] = leaves[position][i]
             numbers[i] = Series(scope, terms)
         out.append(numbers)
     return out
