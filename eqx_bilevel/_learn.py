@@ -339,7 +339,7 @@ def _minimise(
     smallest = start.jitter
     few = _with_inner_steps(task, _FEW_INNER_STEPS)
     if isinstance(optimiser, BoundedBFGS) and not searched:
-        theta = _better_side(optimiser, theta, task, few, start)
+        theta = _better_start(optimiser, theta, task, few, start)
     while True:
         before, since = record.best, len(record.rows)
         left = steps - since
@@ -363,10 +363,11 @@ def _minimise(
             optimiser = optimiser.with_max_length(0.1)
 
 
-def _better_side(optimiser, theta, task: Task, few: Task, start: Start) -> PyTree:
+def _better_start(optimiser, theta, task: Task, few: Task, start: Start) -> PyTree:
     # Far from a minimum the gradient may point the wrong way, since the objective is a
     # plateau there: for instance if lengthscales are shorter than what is between
-    # points, or if rounding decides. Look at both sides of the first step.
+    # points, or if rounding decides. Look at both sides of the first step, and go on
+    # for as long as it gets better.
     vector, unravel = ravel_pytree(theta)
     state = optimistix_init(optimiser, theta, task, start)
     step = _attempt(optimistix_step, optimiser, state, vector, theta, task, start)
@@ -377,9 +378,20 @@ def _better_side(optimiser, theta, task: Task, few: Task, start: Start) -> PyTre
         objective = float(evaluate(unravel(v), few, start)[1].objective)
         return objective if np.isfinite(objective) else np.inf
 
-    opposite = 2 * vector - step.vector
-    here, there, back = value(vector), value(step.vector), value(opposite)
-    return unravel(opposite) if back < min(here, there) else theta
+    move = step.state.y_eval - vector
+    here, there, back = value(vector), value(vector + move), value(vector - move)
+    best, move = (there, move) if there <= back else (back, -move)
+    if not best < here:
+        return theta
+    for _ in range(_MOST_AHEAD):
+        vector, here, best = vector + move, best, value(vector + 2 * move)
+        if not best < here:
+            break
+    return unravel(vector)
+
+
+# So many steps of a factor of two are three orders of magnitude.
+_MOST_AHEAD = 10
 
 
 def _follow(run, record: _Record, rtol: float, patience: int, since: int) -> bool:
