@@ -127,7 +127,7 @@ def test_frozen_gradient(name, kind):
 
 @pytest.mark.parametrize("adjoint", [implicit, frozen])
 def test_second_derivatives(adjoint):
-    # In two kinds at once; against differences of the first. The spectral radius is 0.7.
+    # In two kinds at once, against differences of the first; spectral radius 0.7.
     def fn(stiffness, length):
         _, conditions = pendulum_of(stiffness)
         prior = eb.GaussianProcess(4.0 * eb.Matern(length, nu=3.5), 0.5)

@@ -146,7 +146,8 @@ def _power(x, n: int):
 def _(kernel: AbstractRadialKernel, left_indices, right_indices, left, right):
     dim = len(left_indices[0])
     lengthscale = jnp.broadcast_to(value_of(kernel.lengthscale), (dim,))
-    curvatures = [1 / lengthscale[d] ** 2 for d in range(dim)]
+    # Not 1 / l^2, whose derivative is nan if l^2 overflows.
+    curvatures = [(1 / lengthscale[d]) ** 2 for d in range(dim)]
     # From differences: |x|^2 + |y|^2 - 2 x.y would lose the digits that small nuggets
     # need.
     difference = [left[d] - right[d] for d in range(dim)]

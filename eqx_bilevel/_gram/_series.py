@@ -156,7 +156,7 @@ class Series:
             if _nonnegative(left) and _nonnegative(_minus(part, unit)):
                 yield _binomial(lower, left), left, value
 
-    def _from_derivative(self, value, derivative: Callable[[Key], Any]) -> "Series":
+    def _from_derivative(self, value, derivative: Callable) -> "Series":
         # g(f), given its value and what reads derivatives of g'(f) off a dictionary of
         # the lower ones of g(f).
         terms = {self.scope.zero: value}
