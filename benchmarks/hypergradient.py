@@ -1,19 +1,24 @@
-"""One outer gradient step on Burgers' equation with a network for its lengthscales.
+"""The cost of one outer gradient step, against the published way.
 
-Against the plain way, written here as in the code published with arXiv:2510.05568: the
-Gram matrix of all derivatives at all points by nested automatic differentiation, which
-then also goes through the factorisation. Each way runs in a process of its own, for its
-memory to be known:
+The published way is written here as in the code of arXiv:2510.05568: the Gram matrix of
+all derivatives at all points, by nested automatic differentiation of the kernel, which
+then also goes through the factorisation. Both ways take one linearised step at the same
+points with the same kernel. Each measurement runs in a process of its own, for its peak
+memory to be known, and is one line of JSON on standard output; a table goes to standard
+error. Everything, or some of it:
 
     python benchmarks/hypergradient.py
+    python benchmarks/hypergradient.py --case burgers --points 300
 """
 
 import argparse
-import pathlib
+import json
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import eqx_bilevel as eb
@@ -23,133 +28,292 @@ import jax.numpy as jnp
 
 jax.config.update("jax_enable_x64", True)
 
-viscosity, nugget = 0.02, 1e-10
-box = eb.Box([0.0, -1.0], [1.0, 1.0])
-faces = [(0, "lower"), (1, "lower"), (1, "upper")]
+nugget = 1e-10
+square = eb.Box([0.0, 0.0], [1.0, 1.0])
+space_time = eb.Box([0.0, -1.0], [1.0, 1.0])
+all_faces = [(0, "lower"), (0, "upper"), (1, "lower"), (1, "upper")]
+early_faces = [(0, "lower"), (1, "lower"), (1, "upper")]
+
+
+#
+# Cases
+#
+
+
+class Case(NamedTuple):
+    operator: Callable  # (u, x), of one unknown or of a dictionary of them
+    jets: tuple  # the derivatives in it, as the published way needs to be told
+    boundary: Callable  # the target of the values there
+    kernel: Callable  # from a random key
+    box: eb.Box
+    faces: list
+    unknowns: tuple[str, ...] = ("u",)
+
+
+def elliptic(u, x):
+    return -u.laplacian + u.value**3
 
 
 def burgers(u, x):
-    return u.d(0) + u.value * u.d(1) - viscosity * u.d(1, 1)
+    return u.d(0) + u.value * u.d(1) - 0.02 * u.d(1, 1)
 
 
-def value(u, x):
-    return u.value
+def eikonal(u, x):
+    return u.d(0) ** 2 + u.d(1) ** 2 - 0.1 * (u.d(0, 0) + u.d(1, 1)) - 1.0
 
 
-def initial(x):
+def schroedinger(u, x):
+    p, q = u["p"], u["q"]
+    density = p.value**2 + q.value**2
+    return jnp.stack(
+        [
+            p.d(0) + 0.5 * q.d(1, 1) + density * q.value,
+            q.d(0) - 0.5 * p.d(1, 1) - density * p.value,
+        ]
+    )
+
+
+def network(key):
+    return eb.Gibbs(eb.LengthscaleNetwork(2, 2, 50, 2, scale=0.25, key=key))
+
+
+def additive(key):
+    one, two = eb.Gaussian(0.2), eb.Gaussian(0.8)
+    return eb.Scaled(one, 1.0) + eb.Scaled(two, 0.5)
+
+
+def deep(key):
+    mlp = eqx.nn.MLP(2, 2, 50, 2, activation=jnp.tanh, key=key)
+    return eb.Warped(eb.Gaussian(0.2), mlp)
+
+
+def wave(x):
     return jnp.where(x[0] == 0.0, -jnp.sin(jnp.pi * x[1]), 0.0)
 
 
-def points(n: int, m: int):
-    keys = jax.random.split(jax.random.key(0), 4)
-    interior, other = box.interior(n, key=keys[0]), box.interior(n, key=keys[1])
-    return interior, box.boundary(m, faces=faces, key=keys[2]), other, keys[3]
+second = ((0, 0), (0, 2), (2, 0))
+parabolic = ((0, 0), (1, 0), (0, 1), (0, 2))
+zero = lambda x: jnp.zeros(())
+gaussian = lambda key: eb.Gaussian(jnp.array([0.3, 0.3]))
 
-
-def kernel(key):
-    network = eb.LengthscaleNetwork(2, 2, 50, 2, scale=0.25, key=key)
-    return eb.Gibbs(network)
-
-
-def ours(adjoint, n: int, m: int):
-    interior, boundary, other, key = points(n, m)
-    conditions = [
-        eb.Condition(burgers, interior, nugget=nugget),
-        eb.Condition(value, boundary, initial, nugget=nugget),
-    ]
-    objective = eb.ValidationResidual(other)
-    first = eb.solve(eb.GaussianProcess(kernel(key)), conditions)
-
-    # Near the solution, as in the course of learning: one linearised solve.
-    def loss(k):
-        solver = dict(adjoint=adjoint, initial=first, max_steps=1, throw=False)
-        return objective(eb.solve(eb.GaussianProcess(k), conditions, **solver))
-
-    return loss, kernel(key)
-
-
-def plain(n: int, m: int):
-    interior, boundary, other, key = points(n, m)
-    z = jnp.stack([0.5 * jnp.sin(jnp.pi * interior[:, 1])] * 2, 1)
-
-    def jets(f, argnum):  # The value, and along t, x, xx.
-        along_t = lambda *xy: jax.jacfwd(f, argnum)(*xy)[..., 0]
-        along_x = lambda *xy: jax.jacfwd(f, argnum)(*xy)[..., 1]
-        along_xx = lambda *xy: jax.jacfwd(along_x, argnum)(*xy)[..., 1]
-        return [f, along_t, along_x, along_xx]
-
-    def rows(k, left, right):
-        pairs = lambda f, x, y: jax.vmap(lambda a: jax.vmap(lambda b: f(a, b))(y))(x)
-        one = [jets(f, 1) for f in jets(k, 0)]
-
-        def inside(i):
-            blocks = [pairs(g, left, right) for g in one[i]]
-            return jnp.concatenate([*blocks, pairs(one[i][0], left, boundary)], axis=1)
-
-        return inside, pairs, one
-
-    def loss(k):
-        inside, pairs, one = rows(k, interior, interior)
-        edge = [pairs(g, boundary, interior) for g in one[0]]
-        edge = jnp.concatenate([*edge, pairs(one[0][0], boundary, boundary)], axis=1)
-        gram = jnp.concatenate([*map(inside, range(4)), edge])
-        gram = gram + nugget * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram))
-        # The linearised equation, as a matrix.
-        one_each = lambda c: jnp.diag(jnp.broadcast_to(c, (n,)))
-        terms = (z[:, 1], 1.0, z[:, 0], -viscosity)
-        pde = jnp.concatenate([*map(one_each, terms), jnp.zeros((n, m))], axis=1)
-        data = jnp.eye(len(gram))[4 * n :]
-        jacobian = jnp.concatenate([pde, data])
-        rhs = jnp.concatenate([z[:, 0] * z[:, 1], jax.vmap(initial)(boundary)])
-        matrix = jacobian @ gram @ jacobian.T
-        matrix = matrix + nugget * jnp.diag(jnp.diagonal(matrix))
-        factor = jax.scipy.linalg.cho_factor(matrix)
-        weights = jacobian.T @ jax.scipy.linalg.cho_solve(factor, rhs)
-        inside, _, _ = rows(k, other, interior)
-        u, u_t, u_x, u_xx = (inside(i) @ weights for i in range(4))
-        return 0.5 * jnp.sum((u_t + u * u_x - viscosity * u_xx) ** 2)
-
-    return loss, kernel(key)
-
-
-ways = dict(
-    plain=plain,
-    frozen=lambda n, m: ours(eb.FrozenAdjoint(), n, m),
-    implicit=lambda n, m: ours(eb.FixedPointAdjoint(), n, m),
+cases = dict(
+    elliptic=Case(elliptic, second, zero, gaussian, square, all_faces),
+    additive=Case(elliptic, second, zero, additive, square, all_faces),
+    burgers=Case(burgers, parabolic, wave, network, space_time, early_faces),
+    deep=Case(burgers, parabolic, wave, deep, space_time, early_faces),
+    eikonal=Case(
+        eikonal, ((1, 0), (0, 1), (2, 0), (0, 2)), zero, network, square, all_faces
+    ),
+    schroedinger=Case(
+        schroedinger,
+        ((0, 0), (1, 0), (0, 2)),
+        lambda x: jnp.exp(-4 * x[1] ** 2),
+        gaussian,
+        space_time,
+        [(0, "lower")],
+        ("p", "q"),
+    ),
 )
 
 
-def measure(way: str, n: int, m: int) -> None:
-    loss, k = ways[way](n, m)
+def points(case: Case, n: int, m: int):
+    keys = jax.random.split(jax.random.key(0), 4)
+    interior, other = (
+        case.box.interior(n, key=keys[0]),
+        case.box.interior(n, key=keys[1]),
+    )
+    return interior, case.box.boundary(m, faces=case.faces, key=keys[2]), other, keys[3]
+
+
+#
+# This library
+#
+
+
+def ours(adjoint, case: Case, n: int, m: int):
+    interior, boundary, other, key = points(case, n, m)
+    single = len(case.unknowns) == 1
+
+    def values(u, x):
+        return u.value if single else [u[name].value for name in case.unknowns]
+
+    def known(x):
+        return case.boundary(x) if single else [case.boundary(x)] * len(case.unknowns)
+
+    conditions = [
+        eb.Condition(case.operator, interior, nugget=nugget),
+        eb.Condition(values, boundary, known, nugget=nugget),
+    ]
+    objective = eb.ValidationResidual(other)
+
+    def prior(k):
+        one = eb.GaussianProcess(k)
+        return one if single else dict.fromkeys(case.unknowns, one)
+
+    # One linearised solve from the prior's mean, as in the published way.
+    def loss(k):
+        options = dict(adjoint=adjoint, max_steps=1, throw=False)
+        return objective(eb.solve(prior(k), conditions, **options))
+
+    return loss, case.kernel(key)
+
+
+#
+# The published way
+#
+
+
+class Values:
+    # Numbers that are called like the derivatives of an unknown.
+    def __init__(self, table):
+        self.table = table
+        self.value = table.get((0, 0))
+
+    def d(self, *axes):
+        return self.table[axes.count(0), axes.count(1)]
+
+    @property
+    def laplacian(self):
+        return self.d(0, 0) + self.d(1, 1)
+
+
+def published(case: Case, n: int, m: int):
+    interior, boundary, other, key = points(case, n, m)
+    jets, unknowns = case.jets, case.unknowns
+    p = len(jets)
+
+    def residual(values, x):  # values: (unknowns, jets)
+        u = {name: Values(dict(zip(jets, v))) for name, v in zip(unknowns, values)}
+        return jnp.ravel(case.operator(u["u"] if unknowns == ("u",) else u, x))
+
+    def along(f, argnum, index):
+        for axis, order in enumerate(index):
+            for _ in range(order):
+                f = lambda *xy, f=f, axis=axis: jax.jacfwd(f, argnum)(*xy)[axis]
+        return f
+
+    def pairs(f, x, y):
+        return jax.vmap(lambda a: jax.vmap(lambda b: f(a, b))(y))(x)
+
+    # All derivatives at `x`, and values at `edge`, against those at the conditions.
+    def rows(k, x, edge):
+        at = [(along(k, 0, i), x) for i in jets] + [(k, edge)]
+        return jnp.concatenate(
+            [
+                jnp.concatenate(
+                    [pairs(along(f, 1, j), a, interior) for j in jets]
+                    + [pairs(f, a, boundary)],
+                    axis=1,
+                )
+                for f, a in at
+            ]
+        )
+
+    def loss(k):
+        unwrapped = eb.unwrap(k)
+        fn = lambda x, y: unwrapped(x, y)
+        gram = rows(fn, interior, boundary)
+        gram = gram + nugget * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram))
+        # The equation linearised at zero, as a matrix; the unknowns are independent.
+        start = jnp.zeros((n, len(unknowns), p))
+        slopes = jax.vmap(jax.jacfwd(residual))(start, interior)  # (n, q, unknowns, p)
+        equation = [
+            [
+                jnp.concatenate([jnp.diag(slopes[:, q, i, j]) for j in range(p)], 1)
+                for i in range(len(unknowns))
+            ]
+            for q in range(slopes.shape[1])
+        ]
+        data = jnp.eye(len(gram))[p * n :]
+        per_unknown = []
+        for i in range(len(unknowns)):
+            edge = [data if j == i else 0 * data for j in range(len(unknowns))]
+            columns = [jnp.pad(row[i], ((0, 0), (0, m))) for row in equation]
+            per_unknown.append(jnp.concatenate(columns + edge))
+        offset = jax.vmap(residual)(start, interior).T.reshape(-1)
+        rhs = [-offset] + [jax.vmap(case.boundary)(boundary)] * len(unknowns)
+        matrix = sum(jacobian @ gram @ jacobian.T for jacobian in per_unknown)
+        matrix = matrix + nugget * jnp.diag(jnp.diagonal(matrix))
+        factor = jax.scipy.linalg.cho_factor(matrix)
+        weights = jax.scipy.linalg.cho_solve(factor, jnp.concatenate(rhs))
+        cross = rows(fn, other, boundary)[: p * n]
+        values = [(cross @ (j.T @ weights)).reshape(p, n).T for j in per_unknown]
+        return 0.5 * jnp.sum(jax.vmap(residual)(jnp.stack(values, 1), other) ** 2)
+
+    return loss, case.kernel(key)
+
+
+#
+# Measuring
+#
+
+ways: dict[str, Callable] = dict(
+    published=published,
+    frozen=lambda *arguments: ours(eb.FrozenAdjoint(), *arguments),
+    implicit=lambda *arguments: ours(eb.FixedPointAdjoint(), *arguments),
+)
+
+
+def measure(name: str, way: str, n: int) -> dict[str, Any]:
+    loss, k = ways[way](cases[name], n, n // 3)
     step = eqx.filter_jit(eqx.filter_value_and_grad(loss))
     start = time.perf_counter()
     compiled = step.lower(k).compile()
     compile_time = time.perf_counter() - start
     seconds = []
-    for _ in range(2 if way == "plain" else 6):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(k))
-        seconds.append(time.perf_counter() - start)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(
-        f"| {way} | {n} + {m} | {min(seconds):.3f} s | {compile_time:.1f} s "
-        f"| {memory:.2f} GiB |",
-        flush=True,
+    for _ in range(2 if way == "published" else 6):
+        start, cpu = time.perf_counter(), time.process_time()
+        value, _ = jax.block_until_ready(compiled(k))
+        seconds.append((time.perf_counter() - start, time.process_time() - cpu))
+    wall, cpu = min(seconds)
+    return dict(
+        case=name,
+        points=n,
+        boundary=n // 3,
+        who="published" if way == "published" else "this",
+        gradient="frozen" if way == "published" else way,
+        objective=float(value),
+        step_s=round(wall, 4),
+        cpu_per_wall=round(cpu / wall, 2),
+        compile_s=round(compile_time, 1),
+        peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     )
+
+
+# Beyond this it does not fit into 24 GiB.
+largest_published = dict(burgers=300, deep=300, eikonal=300)
+
+
+def main(names, sizes):
+    header = ("case", "points", "way", "a step", "compile", "memory")
+    print("{:13}{:>12}{:>11}{:>11}{:>10}{:>10}".format(*header), file=sys.stderr)
+    for name in names:
+        for n in sizes:
+            for way in ways:
+                if way == "published" and n > largest_published.get(name, 900):
+                    continue
+                command = [sys.executable, __file__, "--case", name, "--points", str(n)]
+                run = subprocess.run(
+                    [*command, "--way", way], check=True, capture_output=True, text=True
+                )
+                print(run.stdout, end="", flush=True)
+                row = json.loads(run.stdout)
+                print(
+                    f"{name:13}{f'{n} + {n // 3}':>12}{way:>11}{row['step_s']:9.3f} s"
+                    f"{row['compile_s']:8.1f} s{row['peak_mb']:7d} MB",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("way", nargs="?", choices=ways)
-    parser.add_argument("--points", nargs=2, type=int, default=(300, 100))
-    arguments = parser.parse_args()
-    if arguments.way:
-        measure(arguments.way, *arguments.points)
+    parser.add_argument("--case", choices=cases, action="append")
+    parser.add_argument("--points", type=int, action="append")
+    parser.add_argument("--way", choices=ways, help="one measurement, in this process")
+    given = parser.parse_args()
+    if given.way:
+        (name,), (n,) = given.case, given.points
+        print(json.dumps(measure(name, given.way, n)))
     else:
-        print("| way | points | a step | compilation | memory of the process |")
-        print("|---|---|---|---|---|", flush=True)
-        for way, n, m in [(w, 300, 100) for w in ways] + [
-            (w, 900, 300) for w in ways if w != "plain"
-        ]:
-            command = [sys.executable, str(pathlib.Path(__file__)), way, "--points"]
-            subprocess.run([*command, str(n), str(m)], check=True)
+        main(given.case or cases, given.points or (99, 300, 900))

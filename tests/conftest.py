@@ -3,6 +3,9 @@ import os
 
 # The tests run in as many processes as there are cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Nearly all of the time goes into compiling, which is faster with these.
+flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + flags
 
 import equinox.internal as eqxi
 import jax
@@ -12,7 +15,7 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Small arrays: nearly all of the time goes into compiling.
+# Small arrays need no optimised programs.
 jax.config.update("jax_disable_most_optimizations", True)
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from eqx_bilevel._jets import (
     derivative,
+    derivatives,
     evaluate,
     Jet,
     linearise,
@@ -82,6 +83,27 @@ def test_derivative():
     tree = derivative(lambda x: {"a": x**2, "b": x[0] * x[1]}, (1, 1))(x)
     np.testing.assert_allclose(tree["a"], [0, 0], atol=1e-14)
     np.testing.assert_allclose(tree["b"], 1, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "indices",
+    (
+        [(0, 0)],
+        [(1, 0)],
+        [(0, 0), (1, 0), (0, 1), (0, 2)],
+        [(2, 0), (0, 3)],
+        [(0, 0), (1, 1), (2, 1), (0, 2)],
+        [(1, 1)],
+    ),
+)
+def test_several_derivatives(indices):
+    fn = lambda x: {"a": jnp.sin(2 * x[0]) * x, "b": x[0] ** 3 * x[1] ** 4}
+    x = jnp.array([0.3, 0.7])
+    found = derivatives(fn, indices, x)
+    assert found.keys() == set(indices)
+    for index in indices:
+        for name, truth in derivative(fn, index)(x).items():
+            np.testing.assert_allclose(found[index][name], truth, rtol=1e-13)
 
 
 #

@@ -10,6 +10,7 @@ differentiation, if it has operations which that does not know.
 import functools as ft
 import itertools as it
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -297,28 +298,13 @@ def _(kernel: Product, indices, x):
 
 @pairs.register
 def _(kernel: Product, left_indices, right_indices, left, right):
-    # Leibniz' rule, factor by factor.
+    scope = Scope(left_indices, right_indices, math.inf)
     lefts, rights = closure(left_indices), closure(right_indices)
-    tables = [
-        pairs(k, lefts, rights, a, b) for k, a, b in zip(kernel.kernels, left, right)
+    factors = [
+        Series(scope, pairs(k, lefts, rights, a, b))
+        for k, a, b in zip(kernel.kernels, left, right)
     ]
-    table = tables[0]
-    for i, other in enumerate(tables[1:]):
-        last = i == len(tables) - 2
-        keys = (left_indices, right_indices) if last else (lefts, rights)
-        table = {key: _leibniz(table, other, *key) for key in it.product(*keys)}
-    return table
-
-
-def _leibniz(one: Table, two: Table, a: Index, b: Index):
-    total = 0
-    for a1 in closure([a]):
-        for b1 in closure([b]):
-            count = math.prod(map(math.comb, a + b, a1 + b1))
-            a2 = tuple(m - n for m, n in zip(a, a1))
-            b2 = tuple(m - n for m, n in zip(b, b1))
-            total = total + count * one[a1, b1] * two[a2, b2]
-    return total
+    return _table(ft.reduce(operator.mul, factors), left_indices, right_indices)
 
 
 @one_sided.register

@@ -58,7 +58,9 @@ def _binomial(key: Key, part: Key) -> int:
 class Scope:
     # Which derivatives are kept, and how much work may go into them.
 
-    def __init__(self, left: Sequence[Index], right: Sequence[Index], budget: int):
+    def __init__(
+        self, left: Sequence[Index], right: Sequence[Index], budget: int | float
+    ):
         lefts, rights = closure(left), closure(right)
         self.keys = frozenset(it.product(lefts, rights))
         self.zero: Key = (lefts[0], rights[0])
