@@ -41,8 +41,8 @@ class Derivatives(NamedTuple):
     fixed: dict  # with the point of linearisation fixed
 
 
-# Everything depends strongly on the points.
-steps = dict(points=3e-5)
+# Everything depends strongly on the points, and weakly on the mean.
+steps = dict(points=3e-5, mean=6e-4)
 
 
 # All that is compiled, once for each problem.
@@ -119,8 +119,7 @@ def test_forward_mode(name, kind):
 def test_frozen_gradient(name, kind):
     known = derivatives(name)
     value = dot(gradient(name, frozen)[kind], known.directions[kind])
-    # The differences at a fixed point of linearisation are good to about 1e-6.
-    assert relative_error(value, known.fixed[kind]) < 3e-6
+    assert relative_error(value, known.fixed[kind]) < 1e-6
     # On these problems it is visibly wrong: by 1.6 % at least, mostly by far more.
     assert relative_error(value, known.exact[kind]) > 0.015
 
