@@ -363,6 +363,10 @@ def _minimise(
             optimiser = optimiser.with_max_length(0.1)
 
 
+# So many steps of a factor of two are three orders of magnitude.
+_MOST_AHEAD = 10
+
+
 def _better_start(optimiser, theta, task: Task, few: Task, start: Start) -> PyTree:
     # Far from a minimum the gradient may point the wrong way, since the objective is a
     # plateau there: for instance if lengthscales are shorter than what is between
@@ -380,18 +384,12 @@ def _better_start(optimiser, theta, task: Task, few: Task, start: Start) -> PyTr
 
     move = step.state.y_eval - vector
     here, there, back = value(vector), value(vector + move), value(vector - move)
-    best, move = (there, move) if there <= back else (back, -move)
-    if not best < here:
-        return theta
+    ahead, move = (there, move) if there <= back else (back, -move)
     for _ in range(_MOST_AHEAD):
-        vector, here, best = vector + move, best, value(vector + 2 * move)
-        if not best < here:
+        if not ahead < here:
             break
+        vector, here, ahead = vector + move, ahead, value(vector + 2 * move)
     return unravel(vector)
-
-
-# So many steps of a factor of two are three orders of magnitude.
-_MOST_AHEAD = 10
 
 
 def _follow(run, record: _Record, rtol: float, patience: int, since: int) -> bool:

@@ -47,6 +47,10 @@ class Rows(eqx.Module):
         # The nonlinear entries of the mean's jets.
         return self.mean[:, jnp.array(self.trace.nonlinear, int)]
 
+    def block(self, coefficients: Float[Array, "n q p"] | None) -> Block:
+        # Combinations of the entries of its jets, or these themselves.
+        return Block(self.points, coefficients, self.trace.jets, self.sides)
+
 
 class Problem(eqx.Module):
     kernels: dict[str, AbstractKernel]
@@ -317,10 +321,7 @@ def linearise(problem: Problem, z: Float[Array, " N"]) -> Linearised:
         applied = jnp.einsum("nqp,np->nq", jacobian, r.mean)
         jacobians.append(jacobian)
         rhs.append((offset + r.target - applied).reshape(-1))
-    blocks = [
-        Block(r.points, jacobian, r.trace.jets, r.sides)
-        for r, jacobian in zip(problem.rows, jacobians)
-    ]
+    blocks = [r.block(jacobian) for r, jacobian in zip(problem.rows, jacobians)]
     return Linearised(_merge(blocks), tuple(jacobians), jnp.concatenate(rhs))
 
 
@@ -352,7 +353,7 @@ def jet_changes(
 ) -> list[Array]:
     # By how much the jets of `m + k functionals^T weights` differ from those of the
     # mean, at the points of each condition.
-    blocks = [Block(r.points, None, r.trace.jets, r.sides) for r in problem.rows]
+    blocks = [r.block(None) for r in problem.rows]
     flat = covariance_product(problem.kernels, _merge(blocks), functionals, weights)
     out, start = [], 0
     for r in problem.rows:

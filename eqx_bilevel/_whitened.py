@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from ._adjoint import without_gradient
 from ._condition import Condition, GaussianProcess
 from ._gauss_newton import Root
-from ._gram import Block, covariance, dense, GramOperator
+from ._gram import covariance, dense, GramOperator
 from ._jets import residual
 from ._parameters import unwrap
 from ._problem import linearise, noise_variances, Problem
@@ -111,7 +111,7 @@ def _root(covariance: Float[Array, "P P"]) -> Float[Array, "P P"]:
 def _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw):
     problem, fault = sanitised(*unwrap((prior, conditions)))
     jitter = initial_jitter(problem)
-    blocks = [Block(r.points, None, r.trace.jets, r.sides) for r in problem.rows]
+    blocks = [r.block(None) for r in problem.rows]
     root = _root(covariance(problem.kernels, blocks, blocks))
     args = _Args(problem, root, noise_variances(problem, jitter))
     start = jnp.zeros(root.shape[1], problem.dtype)

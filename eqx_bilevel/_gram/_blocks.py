@@ -17,6 +17,7 @@ from ._pairs import one_sided, pairs
 
 
 Kernels = Mapping[str, AbstractKernel]  # by unknown; unknowns are independent
+Jets = tuple[tuple[str, Index], ...]  # derivatives of unknowns
 
 # Pairs of points that are treated at once: enough to keep the cores busy, few enough to
 # stay in their caches.
@@ -29,7 +30,7 @@ class Block(eqx.Module):
     # Without coefficients they are those entries themselves.
     points: Float[Array, "n d"]
     coefficients: Float[Array, "n q p"] | None
-    jets: tuple[tuple[str, Index], ...] = eqx.field(static=True)
+    jets: Jets = eqx.field(static=True)
     # What `one_sides` gives for these points, and for these jets or more. Default: it
     # is computed wherever it is needed.
     sides: dict[str, Any] | None = None
@@ -44,7 +45,7 @@ class Block(eqx.Module):
         return len(self.jets) if c is None else c.shape[1]
 
 
-def _by_unknown(jets) -> dict[str, dict[Index, int]]:
+def _by_unknown(jets: Jets) -> dict[str, dict[Index, int]]:
     # For each unknown, the indices of its jet and where they stand in the coefficients.
     out: dict[str, dict[Index, int]] = {}
     for position, (name, index) in enumerate(jets):
@@ -52,7 +53,9 @@ def _by_unknown(jets) -> dict[str, dict[Index, int]]:
     return out
 
 
-def one_sides(kernels: Kernels, jets, points: Float[Array, "n d"]) -> dict[str, Any]:
+def one_sides(
+    kernels: Kernels, jets: Jets, points: Float[Array, "n d"]
+) -> dict[str, Any]:
     # What the kernels compute of each point on its own.
     sides = {}
     for name, indices in _by_unknown(jets).items():
@@ -151,6 +154,9 @@ def _map_pairs(fn, left: _Side, right: _Side, reduce=lambda x: x):
     # the right. In chunks, of which nothing is kept for reverse mode.
     (n,), (m,) = left.shape, right.shape
 
+    # Spread and summed by products with ones: XLA on CPUs hands other reductions to a
+    # library that does one operation at a time, which keeps it from making one loop of
+    # everything.
     def of_rows(rows: _Side):
         ones = lambda x, n: jnp.ones(n, x.dtype)
         rows = jax.tree.map(lambda x: jax.lax.dot(x[:, None], ones(x, m)[None]), rows)

@@ -11,7 +11,7 @@ import functools as ft
 import itertools as it
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -60,27 +60,26 @@ def pairs(
         k = propagate(kernel, (x, y), (_struct(left), _struct(right)))
         return _table(k, left_indices, right_indices)
     except Unsupported:
-        pass
+        return _automatic(kernel, derivative, left_indices, right_indices, left, right)
 
-    # Automatic differentiation of k(x, y).
+
+def _automatic(
+    fn: Callable, differentiate: Callable, left_indices, right_indices, left, right
+) -> Table:
+    # Nested automatic differentiation of `fn` in both arguments, which are arrays
+    # where `left` and `right` have arrays of numbers.
     def at_one(x, y):
         out = {}
-        for a in left_indices:
-            for b in right_indices:
-                inner = lambda x, b=b: derivative(lambda y: kernel(x, y), b)(y)
-                out[a, b] = derivative(inner, a)(x)
+        for a, b in it.product(left_indices, right_indices):
+            inner = lambda x, b=b: differentiate(lambda y: fn(x, y), b)(y)
+            out[a, b] = differentiate(inner, a)(x)
         return out
 
-    return _at_each_pair(at_one, left, right)
-
-
-def _at_each_pair(fn, left: Any, right: Any) -> Table:
-    # `fn` of arrays, of what are here arrays of numbers.
     join = lambda x: jnp.stack(list(x.flat), -1)
-    ndim = next(iter(jtu.tree_leaves(left)[0].flat)).ndim
     shaped = lambda x, like: jtu.tree_map(lambda a, b: a.reshape(b.shape), x, like)
-    at_one = lambda x, y: fn(shaped(x, left), shaped(y, right))
-    return each(at_one, ndim)(jtu.tree_map(join, left), jtu.tree_map(join, right))
+    ndim = next(iter(jtu.tree_leaves(left)[0].flat)).ndim
+    at_pairs = each(lambda x, y: at_one(shaped(x, left), shaped(y, right)), ndim)
+    return at_pairs(jtu.tree_map(join, left), jtu.tree_map(join, right))
 
 
 def _struct(numbers: np.ndarray) -> jax.ShapeDtypeStruct:
@@ -212,21 +211,8 @@ def _(kernel: AbstractFeatureKernel, left_indices, right_indices, left, right):
         k = propagate(fn, (*f, *g), [_struct(leaf) for leaf in leaves_f + leaves_g])
         return _table(k, left_indices, right_indices)
     except Unsupported:
-        pass
-    # Automatic differentiation. A function F of the features and of their derivatives
-    # is differentiated along the points' dimension i by moving each derivative f^(a) in
-    # the direction f^(a + e_i).
-    start = lambda left, right: kernel.pair(left[zero], right[zero])
-
-    def at_one(left, right):
-        out = {}
-        for a in left_indices:
-            for b in right_indices:
-                inner = lambda left, b=b: _total(lambda r: start(left, r), b)(right)
-                out[a, b] = _total(inner, a)(left)
-        return out
-
-    return _at_each_pair(at_one, left, right)
+        value = lambda left, right: kernel.pair(left[zero], right[zero])
+        return _automatic(value, _total, left_indices, right_indices, left, right)
 
 
 def _features(scope: Scope, kernel: AbstractFeatureKernel, side: dict, which: int):
@@ -254,6 +240,8 @@ def _features(scope: Scope, kernel: AbstractFeatureKernel, side: dict, which: in
 
 
 def _total(fn, index: Index):
+    # A function of features and of their derivatives is differentiated along the
+    # points' dimension i by moving each derivative f^(a) in the direction f^(a + e_i).
     for axis, order in enumerate(index):
         for _ in range(order):
             fn = _total_along(fn, axis)
@@ -298,7 +286,7 @@ def _(kernel: Product, indices, x):
 
 @pairs.register
 def _(kernel: Product, left_indices, right_indices, left, right):
-    scope = Scope(left_indices, right_indices, math.inf)
+    scope = Scope(left_indices, right_indices)
     lefts, rights = closure(left_indices), closure(right_indices)
     factors = [
         Series(scope, pairs(k, lefts, rights, a, b))

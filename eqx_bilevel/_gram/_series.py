@@ -59,7 +59,10 @@ class Scope:
     # Which derivatives are kept, and how much work may go into them.
 
     def __init__(
-        self, left: Sequence[Index], right: Sequence[Index], budget: int | float
+        self,
+        left: Sequence[Index],
+        right: Sequence[Index],
+        budget: int | float = math.inf,
     ):
         lefts, rights = closure(left), closure(right)
         self.keys = frozenset(it.product(lefts, rights))
