@@ -14,14 +14,24 @@ from jaxtyping import Array, Bool, PyTree
 
 from ._gauss_newton import Root
 from ._krylov import FixedPointGMRES
-from ._problem import (
+from ._linearised import (
     block_product,
     curvatures,
+    embed,
+    flat,
+    jacobian_product,
     jet_changes,
+    jet_products,
+    join,
     linearise,
     noise_variances,
-    Problem,
+    prior_z,
+    select,
+    separate,
+    split,
+    transposed_jacobian_product,
 )
+from ._problem import Problem
 from ._representer import GramInverse, PosteriorCovariance
 
 
@@ -84,20 +94,17 @@ def _optimality(root: Root, residual, inputs) -> Root:
     z, weights = root
     linearised = linearise(problem, z)
     changes = jet_changes(problem, linearised.functionals, weights)
-    read, applied = [], []
-    for r, jacobian, change in zip(problem.rows, linearised.jacobians, changes):
-        nonlinear = jnp.array(r.trace.nonlinear, int)
-        read.append((r.mean + change)[:, nonlinear].reshape(-1))
-        applied.append(jnp.einsum("nqp,np->nq", jacobian, change).reshape(-1))
-    gamma = noise_variances(problem, state.jitter)
-    misfit = jnp.concatenate(applied) + gamma * weights - linearised.rhs
-    return Root(z - jnp.concatenate(read), misfit)
+    applied = jacobian_product(linearised.jacobians, changes)
+    misfit = applied + noise_variances(problem, state.jitter) * weights - linearised.rhs
+    return Root(z - prior_z(problem) - select(problem, changes), misfit)
 
 
 def _linearised_optimality(root: Root, residual, inputs) -> Root:
-    fixed = jax.lax.stop_gradient(root.z)
-    _, misfit = _optimality(Root(fixed, root.weights), residual, inputs)
-    return Root(root.z - fixed, misfit)
+    # What is only read depends on hyperparameters all the same.
+    problem, fixed = _problem(inputs), jax.lax.stop_gradient(root.z)
+    left, misfit = _optimality(Root(fixed, root.weights), residual, inputs)
+    z, read = separate(problem, left)
+    return Root(root.z - fixed + join(problem, jnp.zeros_like(z), read), misfit)
 
 
 # Optimistix asks for functions without closure, and jaxtyping's import hook adds one.
@@ -136,14 +143,16 @@ def _ok(residual) -> Bool[Array, ""]:
 #
 # of which w is eliminated with the factor of G that is at hand. That leaves I - C H,
 # where C is the posterior covariance of z. `FrozenAdjoint` has H = 0 and no S k phi^T.
+# Entries of z that are only read have H = 0 too, and just follow from the others.
 #
 
 
 class _System(eqx.Module):
+    problem: Problem
+    jacobians: tuple[Array, ...]
     gram_inverse: GramInverse
     posterior: PosteriorCovariance | None
     hessian: list[Array] | None
-    problem: Problem
     ok: Bool[Array, ""]
     transposed: bool = eqx.field(static=True)
 
@@ -154,56 +163,59 @@ class _Elimination(lx.AbstractLinearSolver):
 
     def init(self, operator: Any, options):
         del options
-        (z, weights), (_, residual, inputs) = operator.x, operator.args
+        root, (_, residual, inputs) = operator.x, operator.args
         problem, factor = _problem(inputs), _state(residual).factor
-        functionals = linearise(problem, z).functionals
+        conditions = problem.only(read=False)
+        z, _ = separate(problem, root.z)
+        linearised = linearise(conditions, z)
         inverse = GramInverse(
-            problem.kernels, functionals, _inner_solver(inputs), factor
+            problem.kernels, linearised.functionals, _inner_solver(inputs), factor
         )
-        ok = _ok(residual)
         if self.linear_solver is None:
             posterior = hessian = None
         else:
-            posterior = PosteriorCovariance(problem, inverse)
-            hessian = curvatures(problem, z, weights)
-        return _System(inverse, posterior, hessian, problem, ok, False)
+            posterior = PosteriorCovariance(conditions, inverse)
+            hessian = curvatures(conditions, z, root.weights)
+        jacobians, ok = linearised.jacobians, _ok(residual)
+        return _System(problem, jacobians, inverse, posterior, hessian, ok, False)
 
     def compute(self, state: _System, vector: Root, options):
         del options
         # After a failure there is nothing to differentiate, and nan would raise.
         clean = lambda x: jnp.where(state.ok, x, jnp.zeros_like(x))
         vector = jax.tree.map(clean, vector)
-        result = lx.RESULTS.successful
-        if state.posterior is None:
-            root = Root(vector.z, state.gram_inverse(vector.weights))
+        z, read = separate(state.problem, vector.z)
+        if state.transposed:
+            z_read, w_read = _read_transposed(state, read)
+            z, weights, result = self._eliminate(
+                state, z, z_read, vector.weights + w_read
+            )
         else:
-            root, result = self._eliminate(state, vector)
-        result = lx.RESULTS.where(state.ok, result, lx.RESULTS.successful)
+            z, weights, result = self._eliminate(
+                state, z, jnp.zeros_like(z), vector.weights
+            )
+            read = read + _read(state, z, weights)
+        root = Root(join(state.problem, z, read), weights)
         return jax.tree.map(clean, root), result, {}
 
-    def _eliminate(self, state: _System, vector: Root):
-        assert self.linear_solver is not None
-        assert state.posterior is not None and state.hessian is not None
-        inverse, posterior, rows = (
-            state.gram_inverse,
-            state.posterior,
-            state.posterior.rows,
-        )
-        hessian = ft.partial(block_product, state.problem, state.hessian)
+    def _eliminate(self, state: _System, z, bent, weights):
+        # For right-hand sides z + H bent, in the transposed system, and w.
+        inverse, posterior = state.gram_inverse, state.posterior
+        if self.linear_solver is None or posterior is None:
+            return z, inverse(weights), lx.RESULTS.successful
+        rows, hessian = posterior.rows, ft.partial(_hessian_product, state)
         if state.transposed:
-            reduced = vector.z - hessian(rows @ inverse(vector.weights))
+            reduced = z + hessian(bent - rows @ inverse(weights))
             product = lambda dz: dz - hessian(posterior(dz))
         else:
-            reduced = vector.z + rows @ inverse(vector.weights)
+            reduced = z + rows @ inverse(weights)
             product = lambda dz: dz - posterior(hessian(dz))
         operator = lx.FunctionLinearOperator(product, jax.eval_shape(lambda: reduced))
         sol = lx.linear_solve(operator, reduced, self.linear_solver, throw=False)
         z = sol.value
-        if state.transposed:
-            weights = inverse(vector.weights + rows.T @ z)
-        else:
-            weights = inverse(vector.weights - rows.T @ hessian(z))
-        return Root(z, weights), sol.result
+        change = rows.T @ z if state.transposed else -rows.T @ hessian(z)
+        result = lx.RESULTS.where(state.ok, sol.result, lx.RESULTS.successful)
+        return z, inverse(weights + change), result
 
     def transpose(self, state: _System, options):
         return dataclasses.replace(state, transposed=not state.transposed), options
@@ -213,3 +225,30 @@ class _Elimination(lx.AbstractLinearSolver):
 
     def assume_full_rank(self):
         return True
+
+
+def _hessian_product(state: _System, dz):
+    assert state.hessian is not None
+    return block_product(state.problem.only(read=False), state.hessian, dz)
+
+
+def _read(state: _System, z, weights) -> Array:
+    # By how much what is only read changes with z and w: the rest of the first row.
+    conditions, readings = (state.problem.only(read=read) for read in (False, True))
+    if readings.z_size == 0:
+        return z[:0]
+    jets = transposed_jacobian_product(conditions, state.jacobians, weights)
+    if state.hessian is not None:
+        bent = embed(conditions, _hessian_product(state, z))
+        jets = [jet + b for jet, b in zip(jets, bent)]
+    return flat(jet_products(readings, conditions, jets))
+
+
+def _read_transposed(state: _System, read) -> tuple[Array, Array]:
+    # The transpose of that, less the factor H.
+    conditions, readings = (state.problem.only(read=read) for read in (False, True))
+    if readings.z_size == 0:
+        zero = lambda size: jnp.zeros(size, state.problem.dtype)
+        return zero(conditions.z_size), zero(conditions.size)
+    jets = jet_products(conditions, readings, split(readings, read))
+    return select(conditions, jets), jacobian_product(state.jacobians, jets)

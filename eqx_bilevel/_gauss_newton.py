@@ -11,16 +11,16 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from ._gram import covariance, dense, GramOperator
-from ._problem import (
+from ._linearised import (
     linearise,
     noise_variances,
     prior_z,
-    Problem,
     residuals,
     slope_product,
     split,
     z_functionals,
 )
+from ._problem import Problem
 
 
 class _Regression(NamedTuple):
@@ -176,6 +176,7 @@ class _GaussNewtonState(eqx.Module):
     change: Float[Array, ""]
     least_change: Float[Array, ""]  # so far
     num_stalled: Int[Array, ""]  # steps since
+    num_left: Int[Array, ""]
     step_size: Float[Array, ""]
     # Used for termination.
     done: Bool[Array, ""]
@@ -228,6 +229,7 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
             change=zero + jnp.inf,
             least_change=zero + jnp.inf,
             num_stalled=jnp.array(0),
+            num_left=options["max_steps"],
             step_size=zero,
             done=jnp.array(False),
             result=optx.RESULTS.successful,
@@ -263,6 +265,7 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
             change=change,
             least_change=jnp.minimum(change, state.least_change),
             num_stalled=num_stalled,
+            num_left=state.num_left,
             step_size=step_size,
             done=converged,
             result=optx.RESULTS.successful,
@@ -270,9 +273,15 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
         failed = eqx.tree_at(lambda s: (s.jitter, s.done), state, (jitter, too_much))
         root = Root(here.z, new.weights)
         y, state = tree_where(new.usable, (root, solved), (y, failed))
-        successful, singular = optx.RESULTS.successful, optx.RESULTS.singular
-        result = optx.RESULTS.where(too_much, singular, successful)  # pyright: ignore
-        state = eqx.tree_at(lambda s: s.result, state, result)
+        num_left = state.num_left - 1
+        result = optx.RESULTS.successful
+        for fault, kind in (
+            ((num_left <= 0) & ~state.done, optx.RESULTS.nonlinear_max_steps_reached),
+            (too_much, optx.RESULTS.singular),
+        ):
+            result = optx.RESULTS.where(fault, kind, result)  # pyright: ignore
+        where = lambda s: (s.num_left, s.result)
+        state = eqx.tree_at(where, state, (num_left, result))
         self._report(state)
         return y, state, None
 

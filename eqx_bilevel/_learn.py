@@ -170,7 +170,7 @@ def learn(
         raise ValueError("`key` is needed, since the objective uses random batches.")
     objective.check(conditions)
     objective = functions_as_pytrees(objective)
-    task = Task(None, objective, solver, adjoint, max_inner_steps)
+    task = Task(None, objective, solver, adjoint, jnp.asarray(max_inner_steps))
     # The search may give a kernel a scale that it had not.
     scaled = rescaled(prior, jnp.array(1.0)) if scale_search else prior
     learned_at_all, _ = _separate(scaled, conditions, task)
@@ -230,7 +230,7 @@ def _optimiser(optimiser, theta, searched: bool) -> _Optimiser:
 
 
 def _with_inner_steps(task: Task, num: int) -> Task:
-    return dataclasses.replace(task, max_inner_steps=num)
+    return dataclasses.replace(task, max_inner_steps=jnp.asarray(num))
 
 
 # Enough for the scale search, where a solve that needs more is at a bad scale, and most
@@ -418,13 +418,12 @@ def _run_optax(optimiser, theta, task, start, steps, key):
     last, length = None, 1.0
     for i in range(steps):
         key_i = jax.random.fold_in(key, i)
-        step = _attempt(optax_step, optimiser, opt_state, theta, task, start, key_i)
-        if step is None:
-            yield None, np.nan, False, False
-        else:
-            yield step.outcome, float(step.value), bool(step.ok), False
+        found, outcome = evaluate(theta, task, start)
+        step = _attempt(optax_step, optimiser, opt_state, theta, task, found, key_i)
+        batch = np.nan if step is None else float(step.value)
+        yield outcome, batch, step is not None and bool(step.ok), False
         if step is not None and bool(step.ok):
-            start = _warm(step.outcome, step.outcome.jitter)
+            start = _warm(outcome, outcome.jitter)
             opt_state = step.opt_state
             last, length = (theta, step.updates), min(1.0, 2 * length)
         else:

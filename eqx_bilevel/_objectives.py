@@ -1,7 +1,7 @@
 """What the outer problem minimises."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -23,6 +23,12 @@ class AbstractObjective(eqx.Module):
     @abc.abstractmethod
     def residuals(self, solution: Solution) -> Float[Array, " r"]:
         """What is squared and summed."""
+
+    @abc.abstractmethod
+    def readings(self, conditions: Sequence[Condition]) -> list[tuple[Callable, Array]]:
+        """What `residuals` calls `Solution.apply` with, operators and points, as far as
+        it is known in advance. An empty list will do: this only saves compile time.
+        """
 
     @abc.abstractmethod
     def batch(self, key: PRNGKeyArray) -> "AbstractObjective":
@@ -66,6 +72,9 @@ class _WeightedSum(AbstractObjective):
     def residuals(self, solution):
         pairs = zip(self.objectives, self.weights)
         return jnp.concatenate([w**0.5 * o.residuals(solution) for o, w in pairs])
+
+    def readings(self, conditions):
+        return [r for o in self.objectives for r in o.readings(conditions)]
 
     def batch(self, key):
         keys = jax.random.split(key, len(self.objectives))
@@ -127,6 +136,9 @@ class ValidationResidual(AbstractObjective):
         ]
         wanted = target_array(unwrap(target), found, self.points, "the validation")
         return (jnp.concatenate(leaves, axis=1) - wanted).reshape(-1)
+
+    def readings(self, conditions: Sequence[Condition]):
+        return [(self._find(conditions).operator, self.points)]
 
     def batch(self, key: PRNGKeyArray) -> AbstractObjective:
         if self.batch_size is None:

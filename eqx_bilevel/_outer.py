@@ -13,10 +13,12 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from ._adjoint import without_gradient
 from ._gauss_newton import GaussNewton
+from ._hypergradient import differentiable
+from ._linearised import prior_z
 from ._objectives import AbstractObjective
 from ._parameters import unwrap
-from ._problem import prior_z
 from ._results import RESULTS
 from ._solution import Solution
 from ._solve import initial_jitter, sanitised, solve_problem
@@ -28,7 +30,7 @@ class Task(eqx.Module):
     objective: AbstractObjective
     solver: GaussNewton
     adjoint: optx.AbstractAdjoint
-    max_inner_steps: int = eqx.field(static=True)
+    max_inner_steps: Int[Array, ""]
 
 
 class Start(eqx.Module):
@@ -48,10 +50,10 @@ class Outcome(eqx.Module):
     jitter: Float[Array, ""]
 
 
-def solve_at(theta: PyTree, task: Task, start: Start) -> Solution:
-    prior, conditions = eqx.combine(theta, task.rest)
+def _solve_at(theta: PyTree, task: Task, start: Start) -> Solution:
+    # Without derivatives.
+    prior, conditions = eqx.combine(without_gradient(theta), task.rest)
     problem, fault = sanitised(*unwrap((prior, conditions)))
-    z = jnp.where(start.cold, prior_z(problem), start.z)
     return solve_problem(
         prior,
         conditions,
@@ -59,11 +61,20 @@ def solve_at(theta: PyTree, task: Task, start: Start) -> Solution:
         fault,
         task.solver,
         task.adjoint,
-        jax.lax.stop_gradient(z),
+        jnp.where(start.cold, prior_z(problem), start.z),
         start.cold,
         start.jitter,
-        max_steps=task.max_inner_steps,
+        task.max_inner_steps,
     )
+
+
+def _differentiable(
+    theta: PyTree, task: Task, objective: AbstractObjective, found: Solution
+) -> Solution:
+    prior, conditions = eqx.combine(theta, task.rest)
+    problem, _ = sanitised(*unwrap((prior, conditions)))
+    readings = objective.readings(conditions)
+    return differentiable(prior, conditions, problem, found, task.adjoint, readings)
 
 
 def _outcome(theta: PyTree, solution: Solution, objective: Array) -> Outcome:
@@ -79,7 +90,7 @@ def _outcome(theta: PyTree, solution: Solution, objective: Array) -> Outcome:
 
 @eqx.filter_jit
 def evaluate(theta: PyTree, task: Task, start: Start) -> tuple[Solution, Outcome]:
-    solution = solve_at(theta, task, start)
+    solution = _solve_at(theta, task, start)
     return solution, _outcome(theta, solution, task.objective(solution))
 
 
@@ -99,7 +110,6 @@ class OptaxStep(eqx.Module):
     updates: PyTree
     opt_state: PyTree
     value: Float[Array, ""]
-    outcome: Outcome
     ok: Bool[Array, ""]
 
 
@@ -109,23 +119,17 @@ def optax_step(
     opt_state: PyTree,
     theta: PyTree,
     task: Task,
-    start: Start,
+    found: Solution,
     key: PRNGKeyArray,
 ) -> OptaxStep:
     batch = task.objective.batch(key)
-
-    def loss(theta):
-        solution = solve_at(theta, task, start)
-        value = batch(solution)
-        whole = task.objective(solution) if task.objective.batched else value
-        return value, _outcome(theta, solution, jax.lax.stop_gradient(whole))
-
-    (value, outcome), gradient = eqx.filter_value_and_grad(loss, has_aux=True)(theta)
+    loss = lambda theta: batch(_differentiable(theta, task, batch, found))
+    value, gradient = eqx.filter_value_and_grad(loss)(theta)
     leaves = jax.tree.leaves(gradient)
     finite = [jnp.isfinite(value), *[jnp.all(jnp.isfinite(g)) for g in leaves]]
     with jax.numpy_dtype_promotion("standard"):  # Optax relies on it.
         updates, opt_state = optimiser.update(gradient, opt_state, theta)
-    return OptaxStep(updates, opt_state, value, outcome, jnp.stack(finite).all())
+    return OptaxStep(updates, opt_state, value, jnp.stack(finite).all())
 
 
 #
@@ -143,9 +147,11 @@ class _Flat(eqx.Module):
         theta, task, start = args
         _, unravel = ravel_pytree(theta)
 
+        found = _solve_at(unravel(vector), task, start)
+
         def residuals(v):
             theta = unravel(v)
-            solution = solve_at(theta, task, start)
+            solution = _differentiable(theta, task, task.objective, found)
             r = task.objective.residuals(solution)
             return r, _outcome(theta, solution, 0.5 * jnp.sum(r**2))
 

@@ -6,20 +6,19 @@ relative to the prior mean `m`: the unknown is `v = u - m`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ._condition import Condition, GaussianProcess, mean_function
-from ._gram import Block, covariance_product, one_sides, variances
+from ._gram import Block, one_sides, variances
 from ._jets import (
     derivative,
     Index,
     linearise as linearise_operator,
-    nonlinear_part,
     Trace,
     trace as trace_operator,
     Unknowns,
@@ -43,9 +42,13 @@ class Rows(eqx.Module):
     name: str = eqx.field(static=True)
 
     @property
-    def nonlinear(self) -> Float[Array, "n k"]:
-        # The nonlinear entries of the mean's jets.
-        return self.mean[:, jnp.array(self.trace.nonlinear, int)]
+    def z_entries(self) -> Int[Array, " k"]:
+        return jnp.array(self.trace.nonlinear, int)
+
+    @property
+    def only_read(self) -> bool:
+        # Whether this is no condition, but only points where jets are wanted.
+        return self.trace.size == 0
 
     def block(self, coefficients: Float[Array, "n q p"] | None) -> Block:
         # Combinations of the entries of its jets, or these themselves.
@@ -67,6 +70,9 @@ class Problem(eqx.Module):
     @property
     def dtype(self):
         return self.rows[0].points.dtype
+
+    def only(self, *, read: bool) -> "Problem":
+        return Problem(self.kernels, tuple(r for r in self.rows if r.only_read == read))
 
 
 #
@@ -206,9 +212,46 @@ def build(prior, conditions: Sequence[Condition]) -> Problem:
                 name,
             )
         )
-    # Conditions with the same derivatives stand together, and share blocks.
-    rows.sort(key=lambda r: (r.trace.jets, r.trace.size, r.trace.nonlinear))
-    return Problem(kernels, tuple(rows))
+    return Problem(kernels, _in_order(rows))
+
+
+def _in_order(rows: Sequence[Rows]) -> tuple[Rows, ...]:
+    # Those with the same derivatives stand together, and share blocks.
+    key = lambda r: (r.trace.jets, r.trace.size, r.trace.nonlinear)
+    return tuple(sorted(rows, key=key))
+
+
+def with_readings(
+    problem: Problem, prior, readings: Sequence[tuple[Callable, Array]]
+) -> Problem:
+    # With what these operators will need at these points, as conditions that demand
+    # nothing and all of whose jets are part of `z`. All derivatives of these jets are
+    # then computed together with those of the conditions, which saves half the work of
+    # compiling them.
+    unknowns, rows = problem.rows[0].unknowns, list(problem.rows)
+    for i, (operator, points) in enumerate(readings):
+        points, name = points.astype(problem.dtype), f"readings[{i}]"
+        dim, dtype = points.shape[1], points.dtype
+        jets = trace_operator(operator, unknowns, dim, dtype, name).jets
+        rows.append(
+            Rows(
+                operator=_nothing,
+                points=points,
+                target=jnp.zeros((len(points), 0), dtype),
+                mean=jets_of(mean_functions(prior), jets, points),
+                sides=one_sides(problem.kernels, jets, points),
+                variance=jnp.zeros((), dtype),
+                scale=jnp.ones((), dtype),
+                trace=Trace(jets, tuple(range(len(jets))), ((0,),)),
+                unknowns=unknowns,
+                name=name,
+            )
+        )
+    return Problem(problem.kernels, _in_order(rows))
+
+
+def _nothing(u, x):
+    return jnp.zeros(0, x.dtype)
 
 
 def jets_of(
@@ -285,153 +328,3 @@ def _variance(condition: Condition, scale) -> tuple[Array, Array]:
         return value_of(condition.noise) ** 2 / weight, scale / weight
     nugget = 0.0 if condition.nugget is None else value_of(condition.nugget)
     return nugget * scale / weight, scale / weight
-
-
-#
-# Using it
-#
-
-
-class Linearised(NamedTuple):
-    # All conditions, linearised at `z`: `functionals v = rhs`, up to noise.
-    functionals: tuple[Block, ...]
-    jacobians: tuple[Float[Array, "n q p"], ...]  # of each condition, by the jet
-    rhs: Float[Array, " M"]
-
-
-def split(problem: Problem, z: Float[Array, " N"]) -> list[Float[Array, "n k"]]:
-    out, start = [], 0
-    for r in problem.rows:
-        shape = r.nonlinear.shape
-        stop = start + shape[0] * shape[1]
-        out.append(z[start:stop].reshape(shape))
-        start = stop
-    return out
-
-
-def prior_z(problem: Problem) -> Float[Array, " N"]:
-    return jnp.concatenate([r.nonlinear.reshape(-1) for r in problem.rows])
-
-
-def linearise(problem: Problem, z: Float[Array, " N"]) -> Linearised:
-    jacobians, rhs = [], []
-    for r, z_r in zip(problem.rows, split(problem, z)):
-        at = lambda z, x, r=r: linearise_operator(r.operator, r.unknowns, r.trace, z, x)
-        jacobian, offset = jax.vmap(at)(z_r, r.points)
-        applied = jnp.einsum("nqp,np->nq", jacobian, r.mean)
-        jacobians.append(jacobian)
-        rhs.append((offset + r.target - applied).reshape(-1))
-    blocks = [r.block(jacobian) for r, jacobian in zip(problem.rows, jacobians)]
-    return Linearised(_merge(blocks), tuple(jacobians), jnp.concatenate(rhs))
-
-
-def _merge(blocks: Sequence[Block]) -> tuple[Block, ...]:
-    # Neighbours with the same derivatives become one block: fewer loops to compile.
-    out: list[Block] = []
-    for block in blocks:
-        last = out[-1] if out else None
-        kind = (block.jets, block.at_each)
-        if last is not None and (last.jets, last.at_each) == kind:
-            out[-1] = jax.tree.map(lambda *x: jnp.concatenate(x), last, block)
-        else:
-            out.append(block)
-    return tuple(out)
-
-
-def z_functionals(problem: Problem) -> tuple[Block, ...]:
-    # Those that read z off a function.
-    blocks = []
-    for r in problem.rows:
-        jets = tuple(r.trace.jets[i] for i in r.trace.nonlinear)
-        if jets:
-            blocks.append(Block(r.points, None, jets, r.sides))
-    return _merge(blocks)
-
-
-def jet_changes(
-    problem: Problem, functionals: Sequence[Block], weights: Float[Array, " M"]
-) -> list[Array]:
-    # By how much the jets of `m + k functionals^T weights` differ from those of the
-    # mean, at the points of each condition.
-    blocks = [r.block(None) for r in problem.rows]
-    flat = covariance_product(problem.kernels, _merge(blocks), functionals, weights)
-    out, start = [], 0
-    for r in problem.rows:
-        out.append(flat[start : start + r.mean.size].reshape(r.mean.shape))
-        start += r.mean.size
-    return out
-
-
-def noise_variances(problem: Problem, jitter: Float[Array, ""]) -> Float[Array, " M"]:
-    # The diagonal of Gamma.
-    each = [
-        jnp.broadcast_to(r.variance + jitter * r.scale, r.target.shape).reshape(-1)
-        for r in problem.rows
-    ]
-    return jnp.concatenate(each)
-
-
-def slope_product(problem: Problem, linearised: Linearised, dz: Float[Array, " N"]):
-    # The derivative of the conditions with respect to z, times `dz`.
-    parts = [
-        jnp.einsum(
-            "nqk,nk->nq", jacobian[:, :, jnp.array(r.trace.nonlinear, int)], dz_r
-        )
-        for r, jacobian, dz_r in zip(
-            problem.rows, linearised.jacobians, split(problem, dz)
-        )
-    ]
-    return jnp.concatenate([part.reshape(-1) for part in parts])
-
-
-def residuals(
-    problem: Problem, z: Float[Array, " N"], linear: Float[Array, " M"]
-) -> Float[Array, " M"]:
-    # Operator minus target for the function with nonlinear entries `z`. What the others
-    # contribute is linear in them and does not depend on z: it is given for `v`.
-    out = []
-    for r, block_z in zip(problem.rows, split(problem, z)):
-        at = lambda z, x, r=r: nonlinear_part(r.operator, r.unknowns, r.trace, z, x)
-        out.append(jax.vmap(at)(block_z, r.points) - r.target)
-    mean = _linear_mean(problem)
-    return jnp.concatenate([r.reshape(-1) for r in out]) + mean + linear
-
-
-def _linear_mean(problem: Problem) -> Float[Array, " M"]:
-    # The contribution of the prior mean's linear entries.
-    out = []
-    for r in problem.rows:
-        at = lambda z, x, r=r: linearise_operator(r.operator, r.unknowns, r.trace, z, x)
-        jacobian = jax.vmap(at)(r.nonlinear, r.points)[0]
-        linear = [i for i in range(len(r.trace.jets)) if i not in r.trace.nonlinear]
-        keep = jnp.array(linear, int)
-        part = jnp.einsum("nqp,np->nq", jacobian[:, :, keep], r.mean[:, keep])
-        out.append(part.reshape(-1))
-    return jnp.concatenate(out)
-
-
-def curvatures(
-    problem: Problem, z: Float[Array, " N"], weights: Float[Array, " M"]
-) -> list[Array]:
-    # The (n, k, k) blocks of blockdiag(w . R''): second derivatives, weighted.
-    out, start = [], 0
-    for r, z_r in zip(problem.rows, split(problem, z)):
-        w = weights[start : start + r.target.size].reshape(r.target.shape)
-        start += r.target.size
-
-        def at(z, w, x, r=r):
-            fn = lambda z: w @ nonlinear_part(r.operator, r.unknowns, r.trace, z, x)
-            return jax.hessian(fn)(z)
-
-        out.append(jax.vmap(at)(z_r, w, r.points))
-    return out
-
-
-def block_product(
-    problem: Problem, blocks: Sequence[Array], dz: Float[Array, " N"]
-) -> Float[Array, " N"]:
-    parts = [
-        jnp.einsum("nij,nj->ni", block, dz_r).reshape(-1)
-        for block, dz_r in zip(blocks, split(problem, dz))
-    ]
-    return jnp.concatenate(parts)

@@ -5,7 +5,8 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from ._gram import Block, covariance, GramOperator, Kernels
-from ._problem import Problem, z_functionals
+from ._linearised import z_functionals
+from ._problem import Problem
 
 
 def gram_solve(

@@ -10,22 +10,20 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._adjoint import FixedPointAdjoint, FrozenAdjoint, without_gradient
 from ._closure import function_as_pytree
 from ._condition import Condition, GaussianProcess, is_concrete
 from ._gauss_newton import GaussNewton, Root, smallest_nugget
+from ._linearised import linearise, noise_variances, prior_z
 from ._parameters import unwrap
 from ._problem import (
     build,
     by_name,
     condition_name,
     jets_of,
-    linearise,
     names_of,
-    noise_variances,
-    prior_z,
     Problem,
     trace_conditions,
 )
@@ -33,7 +31,7 @@ from ._results import RESULTS
 from ._solution import Solution
 
 
-def _residual(root, problem):
+def root_residual(root, problem):
     # What the solve is about, as Optimistix sees it. `GaussNewton` gets all it needs
     # from the problem, so that this is only ever called for its output's shape.
     del problem
@@ -130,7 +128,7 @@ def _solve(prior, conditions, solver, adjoint, initial, max_steps, throw):
         start,
         known,
         initial_jitter(problem),
-        max_steps=max_steps,
+        jnp.asarray(max_steps),
     )
     if throw:
         sol = sol.result.error_if(sol, sol.result != RESULTS.successful)
@@ -242,21 +240,20 @@ def solve_problem(
     start: Float[Array, " N"],
     known: Bool[Array, ""],
     jitter: Float[Array, ""],
-    *,
-    max_steps: int,
+    max_steps: Int[Array, ""],
 ) -> Solution:
     # `known`: whether the start is the prior's mean. `jitter`: the least that is tried.
     # Never raises.
     if problem.z_size == 0:
         adjoint = FrozenAdjoint()  # Exact: there is nothing to linearise.
     sol = optx.least_squares(
-        _residual,
+        root_residual,
         solver,
         Root(start, jnp.zeros(problem.size, problem.dtype)),
         problem,
-        options=dict(start=known, jitter=jitter),
+        options=dict(start=known, jitter=jitter, max_steps=max_steps),
         adjoint=adjoint,
-        max_steps=max_steps,
+        max_steps=None,
         throw=False,
     )
     state = without_gradient(sol.stats["state"])
@@ -283,6 +280,12 @@ def solve_problem(
     )
 
 
+def of_use(result: RESULTS, change: Float[Array, ""]) -> Bool[Array, ""]:
+    ran_out = result == RESULTS.nonlinear_max_steps_reached
+    # Steps may run out before any linearisation could be solved.
+    return ((result == RESULTS.successful) | ran_out) & jnp.invert(jnp.isinf(change))
+
+
 def solution_at(
     prior: Any,
     conditions: list[Condition],
@@ -295,16 +298,12 @@ def solution_at(
     result: RESULTS,
     stats: dict[str, Any],
 ) -> Solution:
-    of_use = (result == RESULTS.successful) | (
-        result == RESULTS.nonlinear_max_steps_reached
-    )
-    # Steps may run out before any linearisation could be solved.
-    of_use = of_use & jnp.invert(jnp.isinf(stats["change"]))
+    useful = of_use(result, stats["change"])
     # After a failure everything is nan. None of it must reach a linear solve in reverse
     # mode, where it would raise.
-    z = jnp.where(of_use, root.z, jax.lax.stop_gradient(root.z))
+    z = jnp.where(useful, root.z, jax.lax.stop_gradient(root.z))
     linearised = linearise(problem, z)
-    weights = jnp.where(of_use, root.weights, jnp.nan)
+    weights = jnp.where(useful, root.weights, jnp.nan)
     stats = stats | _statistics(problem, linearised, weights, jitter)
     return Solution(
         prior=prior,

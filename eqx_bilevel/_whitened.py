@@ -15,8 +15,9 @@ from ._condition import Condition, GaussianProcess
 from ._gauss_newton import Root
 from ._gram import covariance, dense, GramOperator
 from ._jets import residual
+from ._linearised import linearise, noise_variances, select, split_jets
 from ._parameters import unwrap
-from ._problem import linearise, noise_variances, Problem
+from ._problem import Problem
 from ._representer import gram_solve
 from ._results import RESULTS
 from ._solution import Solution
@@ -75,12 +76,8 @@ class _Args(eqx.Module):
 
 
 def _jets(v, args: _Args) -> list[Float[Array, "n p"]]:
-    out, start, change = [], 0, args.root @ v
-    for r in args.problem.rows:
-        stop = start + r.mean.size
-        out.append(r.mean + change[start:stop].reshape(r.mean.shape))
-        start = stop
-    return out
+    changes = split_jets(args.problem, args.root @ v)
+    return [r.mean + change for r, change in zip(args.problem.rows, changes)]
 
 
 def _whitened_residual(v, args: _Args):
@@ -124,10 +121,7 @@ def _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw):
         max_steps=max_steps,
         throw=False,
     )
-    jets = zip(problem.rows, _jets(sol.value, args))
-    z = jnp.concatenate(
-        [v[:, jnp.array(r.trace.nonlinear, int)].reshape(-1) for r, v in jets]
-    )
+    z = select(problem, _jets(sol.value, args))
     linear_solver = lx.Cholesky()
     fixed = without_gradient((problem, z, jitter))
     factor = _factor(fixed[0], fixed[1], fixed[2], linear_solver)

@@ -6,7 +6,9 @@ import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from .helpers import (
     additive,
@@ -122,6 +124,45 @@ def test_frozen_gradient(name, kind):
     assert relative_error(value, known.fixed[kind]) < 1e-6
     # On these problems it is visibly wrong: by 1.6 % at least, mostly by far more.
     assert relative_error(value, known.exact[kind]) > 0.015
+
+
+@pytest.mark.parametrize("name", ["burgers", "pendulum"])
+@pytest.mark.parametrize("adjoint", [implicit, frozen])
+def test_gradient_while_learning(name, adjoint):
+    # `learn` differentiates what it reads off the solution together with the solution.
+    # Here this goes the long way, of which the tests above know that it is right.
+    example = examples[name]
+    prior, conditions = example.make(example.theta)
+    judge = eb.ValidationResidual(example.validation, target=example.targets)
+    judge = 0.25 * judge + eb.ValidationResidual(
+        example.validation[::2], target=example.targets[::2]
+    )
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def slope(prior):
+        return judge(eb.solve(prior, conditions, tight, adjoint=adjoint))
+
+    seen = []
+
+    def update(gradient, state, params):
+        jax.debug.callback(seen.append, ravel_pytree(gradient)[0])
+        return jax.tree.map(jnp.zeros_like, gradient), state
+
+    eb.learn(
+        prior,
+        conditions,
+        judge,
+        optax.GradientTransformation(lambda params: (), update),
+        gradient="implicit" if adjoint is implicit else "frozen",
+        steps=1,
+        scale_search=False,
+        solver=tight,
+        max_inner_steps=100,
+    )
+    jax.effects_barrier()
+    known = ravel_pytree(slope(prior))[0]
+    assert relative_error(seen[0][: known.size], known) < 1e-10
 
 
 @pytest.mark.parametrize("adjoint", [implicit, frozen])

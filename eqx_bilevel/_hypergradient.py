@@ -1,0 +1,108 @@
+"""A solution that was found before, as a differentiable function of hyperparameters.
+
+What an outer objective will read off the solution is part of what is differentiated
+implicitly. Everything that depends on the kernel is then differentiated at once.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import lineax as lx
+import optimistix as optx
+from jaxtyping import Array, Float, PyTree, Scalar
+
+from ._adjoint import FrozenAdjoint, without_gradient
+from ._condition import Condition
+from ._gauss_newton import Root
+from ._linearised import jet_changes, join, prior_z, select, separate, split
+from ._parameters import unwrap
+from ._problem import Problem, with_readings
+from ._solution import Reading, Solution
+from ._solve import of_use, root_residual, solution_at
+
+
+class _Found(NamedTuple):
+    # Of the state of `GaussNewton`, what adjoints use.
+    factor: PyTree
+    jitter: Float[Array, ""]
+    change: Float[Array, ""]
+
+
+class _AlreadyFound(optx.AbstractLeastSquaresSolver):
+    # Takes no step: where it starts is the solution.
+    linear_solver: lx.AbstractLinearSolver
+    rtol: float = 0.0
+    atol: float = 0.0
+    norm: Callable[[PyTree], Scalar] = optx.max_norm
+
+    def init(self, fn, y, args, options, f_struct, aux_struct, tags):
+        return options["found"]
+
+    def step(self, fn, y, args, options, state, tags):
+        return y, state, None
+
+    def terminate(self, fn, y, args, options, state, tags):
+        return jnp.array(True), options["result"]
+
+    def postprocess(self, fn, y, aux, args, options, state, tags, result):
+        return y, aux, {"state": state}
+
+
+def differentiable(
+    prior: Any,
+    conditions: list[Condition],
+    problem: Problem,
+    found: Solution,
+    adjoint: optx.AbstractAdjoint,
+    readings: Sequence[tuple[Callable, Array]],
+) -> Solution:
+    # `found` for these arguments, with derivatives, and read at these points already.
+    found = without_gradient(found)
+    useful = of_use(found.result, found.stats["change"])
+    weights = jnp.where(useful, found.weights, 0.0)
+    unwrapped = [(unwrap(operator), points) for operator, points in readings]
+    whole = with_readings(problem, unwrap(prior), unwrapped)
+    read = without_gradient(whole.only(read=True))
+    values = found._z[:0]
+    if readings:
+        changes = jet_changes(read, found._functionals, weights)
+        values = prior_z(read) + select(read, changes)
+    singular, successful = optx.RESULTS.singular, optx.RESULTS.successful
+    jitter, change = found.stats["jitter"], found.stats["change"]
+    sol = optx.least_squares(
+        root_residual,
+        _AlreadyFound(linear_solver=found._linear_solver),
+        Root(join(whole, found._z, values), weights),
+        whole,
+        options=dict(
+            found=_Found(found._factor, jitter, change),
+            result=optx.RESULTS.where(useful, successful, singular),  # pyright: ignore
+        ),
+        adjoint=FrozenAdjoint() if problem.z_size == 0 else adjoint,
+        max_steps=None,
+        throw=False,
+    )
+    z, values = separate(whole, sol.value.z)
+    solution = solution_at(
+        prior,
+        conditions,
+        problem,
+        Root(z, sol.value.weights),
+        found._next_z,
+        found._factor,
+        jitter,
+        found._linear_solver,
+        found.result,
+        found.stats,
+    )
+    known = {r.name: (r, v) for r, v in zip(read.rows, split(read, values))}
+    known = [known[name] for name in sorted(known)]
+    return dataclasses.replace(
+        solution,
+        _readings=tuple(
+            Reading(points, r.trace.jets, jets)
+            for (_, points), (r, jets) in zip(readings, known)
+        ),
+    )

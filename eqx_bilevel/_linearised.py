@@ -1,0 +1,220 @@
+"""What a problem is used for: vectors that are stacked over its rows, linearisations at
+some `z`, and what follows from the representer weights of a function.
+"""
+
+import functools as ft
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ._gram import Block, covariance_product
+from ._jets import linearise as linearise_operator, nonlinear_part
+from ._problem import Problem
+
+
+def split_weights(problem: Problem, weights: Float[Array, " M"]) -> list[Array]:
+    return _split(weights, [r.target.shape for r in problem.rows])
+
+
+def _split(vector: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+    parts = jnp.split(vector, np.cumsum([math.prod(s) for s in shapes])[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes)]
+
+
+def split_jets(problem: Problem, jets: Array) -> list[Array]:
+    return _split(jets, [r.mean.shape for r in problem.rows])
+
+
+def flat(parts: Iterable[Array]) -> Float[Array, " N"]:
+    return jnp.concatenate([part.reshape(-1) for part in parts])
+
+
+def split(problem: Problem, z: Float[Array, " N"]) -> list[Array]:
+    return _split(z, [(len(r.points), len(r.trace.nonlinear)) for r in problem.rows])
+
+
+def separate(
+    problem: Problem, z: Float[Array, " N"]
+) -> tuple[Float[Array, " A"], Float[Array, " B"]]:
+    # The entries of `z` that belong to conditions, and those that are only read.
+    parts = list(zip(problem.rows, split(problem, z)))
+    of = lambda read: flat([z[:0], *[p for r, p in parts if r.only_read == read]])
+    return of(False), of(True)
+
+
+def join(
+    problem: Problem, z: Float[Array, " A"], read: Float[Array, " B"]
+) -> Float[Array, " N"]:
+    parts = {
+        False: iter(split(problem.only(read=False), z)),
+        True: iter(split(problem.only(read=True), read)),
+    }
+    return flat(next(parts[r.only_read]) for r in problem.rows)
+
+
+def select(problem: Problem, jets: Sequence[Array]) -> Float[Array, " N"]:
+    # The entries of jets that make up z.
+    return flat(jet[:, r.z_entries] for r, jet in zip(problem.rows, jets))
+
+
+def embed(problem: Problem, z: Float[Array, " N"]) -> list[Array]:
+    # The transpose of `select`.
+    return [
+        jnp.zeros_like(r.mean).at[:, r.z_entries].set(part)
+        for r, part in zip(problem.rows, split(problem, z))
+    ]
+
+
+def jacobian_product(
+    jacobians: Sequence[Array], jets: Sequence[Array]
+) -> Float[Array, " M"]:
+    return flat(map(ft.partial(jnp.einsum, "nqp,np->nq"), jacobians, jets))
+
+
+def transposed_jacobian_product(
+    problem: Problem, jacobians: Sequence[Array], weights: Float[Array, " M"]
+) -> list[Array]:
+    parts = split_weights(problem, weights)
+    return list(map(ft.partial(jnp.einsum, "nqp,nq->np"), jacobians, parts))
+
+
+def prior_z(problem: Problem) -> Float[Array, " N"]:
+    return select(problem, [r.mean for r in problem.rows])
+
+
+#
+# At some z
+#
+
+
+class Linearised(NamedTuple):
+    # All conditions, linearised at `z`: `functionals v = rhs`, up to noise.
+    functionals: tuple[Block, ...]
+    jacobians: tuple[Float[Array, "n q p"], ...]  # of each condition, by the jet
+    rhs: Float[Array, " M"]
+
+
+def linearise(problem: Problem, z: Float[Array, " N"]) -> Linearised:
+    jacobians, rhs = [], []
+    for r, z_r in zip(problem.rows, split(problem, z)):
+        at = lambda z, x, r=r: linearise_operator(r.operator, r.unknowns, r.trace, z, x)
+        jacobian, offset = jax.vmap(at)(z_r, r.points)
+        jacobians.append(jacobian)
+        rhs.append(offset + r.target)
+    means = [r.mean for r in problem.rows]
+    change = flat(rhs) - jacobian_product(jacobians, means)
+    blocks = [r.block(jacobian) for r, jacobian in zip(problem.rows, jacobians)]
+    functionals = _merge([block for block in blocks if block.size > 0])
+    return Linearised(functionals, tuple(jacobians), change)
+
+
+def _merge(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    # Neighbours with the same derivatives become one block: fewer loops to compile.
+    out: list[Block] = []
+    for block in blocks:
+        last = out[-1] if out else None
+        kind = (block.jets, block.at_each)
+        if last is not None and (last.jets, last.at_each) == kind:
+            out[-1] = jax.tree.map(lambda *x: jnp.concatenate(x), last, block)
+        else:
+            out.append(block)
+    return tuple(out)
+
+
+def z_functionals(problem: Problem) -> tuple[Block, ...]:
+    # Those that read z off a function.
+    blocks = []
+    for r in problem.rows:
+        jets = tuple(r.trace.jets[i] for i in r.trace.nonlinear)
+        if jets:
+            blocks.append(Block(r.points, None, jets, r.sides))
+    return _merge(blocks)
+
+
+def jet_changes(
+    problem: Problem, functionals: Sequence[Block], weights: Float[Array, " M"]
+) -> list[Array]:
+    # By how much the jets of `m + k functionals^T weights` differ from those of the
+    # mean, at the points of each condition.
+    return split_jets(
+        problem,
+        covariance_product(problem.kernels, _jets(problem), functionals, weights),
+    )
+
+
+def jet_products(
+    left: Problem, right: Problem, weights: Sequence[Array]
+) -> list[Array]:
+    # Jets at the points on the left of `k` times weights for the jets on the right.
+    product = covariance_product(left.kernels, _jets(left), _jets(right), flat(weights))
+    return split_jets(left, product)
+
+
+def _jets(problem: Problem) -> tuple[Block, ...]:
+    return _merge([r.block(None) for r in problem.rows])
+
+
+def noise_variances(problem: Problem, jitter: Float[Array, ""]) -> Float[Array, " M"]:
+    # The diagonal of Gamma.
+    return flat(
+        jnp.broadcast_to(r.variance + jitter * r.scale, r.target.shape)
+        for r in problem.rows
+    )
+
+
+def slope_product(problem: Problem, linearised: Linearised, dz: Float[Array, " N"]):
+    # The derivative of the conditions with respect to z, times `dz`.
+    return jacobian_product(linearised.jacobians, embed(problem, dz))
+
+
+def residuals(
+    problem: Problem, z: Float[Array, " N"], linear: Float[Array, " M"]
+) -> Float[Array, " M"]:
+    # Operator minus target for the function with nonlinear entries `z`. What the others
+    # contribute is linear in them and does not depend on z: it is given for `v`.
+    out = []
+    for r, block_z in zip(problem.rows, split(problem, z)):
+        at = lambda z, x, r=r: nonlinear_part(r.operator, r.unknowns, r.trace, z, x)
+        out.append(jax.vmap(at)(block_z, r.points) - r.target)
+    mean = _linear_mean(problem)
+    return flat(out) + mean + linear
+
+
+def _linear_mean(problem: Problem) -> Float[Array, " M"]:
+    # The contribution of the prior mean's linear entries.
+    out = []
+    for r in problem.rows:
+        at = lambda z, x, r=r: linearise_operator(r.operator, r.unknowns, r.trace, z, x)
+        jacobian = jax.vmap(at)(r.mean[:, r.z_entries], r.points)[0]
+        linear = [i for i in range(len(r.trace.jets)) if i not in r.trace.nonlinear]
+        keep = jnp.array(linear, int)
+        out.append(jnp.einsum("nqp,np->nq", jacobian[:, :, keep], r.mean[:, keep]))
+    return flat(out)
+
+
+def curvatures(
+    problem: Problem, z: Float[Array, " N"], weights: Float[Array, " M"]
+) -> list[Array]:
+    # The (n, k, k) blocks of blockdiag(w . R''): second derivatives, weighted.
+    out = []
+    parts = split(problem, z), split_weights(problem, weights)
+    for r, z_r, w in zip(problem.rows, *parts):
+
+        def at(z, w, x, r=r):
+            fn = lambda z: w @ nonlinear_part(r.operator, r.unknowns, r.trace, z, x)
+            return jax.hessian(fn)(z)
+
+        out.append(jax.vmap(at)(z_r, w, r.points))
+    return out
+
+
+def block_product(
+    problem: Problem, blocks: Sequence[Array], dz: Float[Array, " N"]
+) -> Float[Array, " N"]:
+    parts = split(problem, dz)
+    return flat(map(ft.partial(jnp.einsum, "nij,nj->ni"), blocks, parts))
