@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Nearly all of the time goes into compiling, which is faster with these.
 flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+flags += " --xla_force_host_platform_device_count=2"  # For tests with several devices.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + flags
 
 import equinox.internal as eqxi

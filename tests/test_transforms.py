@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from .helpers import central_difference, dot, moved, random_direction
+from .helpers import burgers, central_difference, dot, moved, random_direction
 
 
 def _close(a, b, rtol=1e-8):
@@ -395,3 +395,28 @@ def test_evaluations_compile_once(count):
     shifts = jnp.array(1.0), jnp.array(2.0)
     assert count(evaluate, solutions[0], shifts[0])[1] >= 7
     assert count(evaluate, solutions[1], shifts[1])[1] == 0
+
+
+#
+# Several devices
+#
+
+
+def test_rows_are_shared_between_devices():
+    # With a number of points that does not divide, and a network in the kernel.
+    theta, example = burgers.theta, burgers
+
+    def objective(theta):
+        solution = eb.solve(*example.make(theta))
+        return jnp.sum((example.targets - solution(example.validation)) ** 2)
+
+    fn = eqx.filter_jit(eqx.filter_value_and_grad(objective))
+    known = fn(theta)
+    auto = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((2,), ("points",), axis_types=(auto,))
+    with jax.set_mesh(mesh):
+        text = fn.lower(theta).as_text()
+        found = fn(theta)
+    assert "all_gather" in text
+    _close(jax.device_get(found), jax.device_get(known))
+    assert len(found[0].sharding.device_set) == 2

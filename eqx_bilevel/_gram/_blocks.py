@@ -149,9 +149,38 @@ def _column(coefficients, i: int) -> list[tuple[int, Any]]:
     return [(i, 1)] if coefficients is None else list(enumerate(coefficients[:, i]))
 
 
-def _map_pairs(fn, left: _Side, right: _Side, reduce=lambda x: x):
+# A mesh of devices with this axis shares the points on the left.
+_AXIS = "points"
+
+
+def _map_pairs(fn, kernels: Kernels, left: _Side, right: _Side, reduce=lambda x: x):
     # `reduce(fn(...))` for each point on the left, where `fn(...)` is for all points on
-    # the right. In chunks, of which nothing is kept for reverse mode.
+    # the right.
+    mesh, (n,) = jax.sharding.get_abstract_mesh(), left.shape
+    if _AXIS not in mesh.axis_names:
+        return _map_chunks(fn, kernels, left, right, reduce)
+    size = -(-n // mesh.shape[_AXIS])
+    padding = size * mesh.shape[_AXIS] - n
+    left = jax.tree.map(lambda x: jnp.pad(x, (0, padding), mode="edge"), left)
+    arrays, static = eqx.partition((kernels, left, right), eqx.is_array)
+
+    def on_one_device(arrays):
+        kernels, left, right = eqx.combine(arrays, static)
+        start = size * jax.lax.axis_index(_AXIS)
+        mine = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size)
+        whole = lambda x: jax.lax.all_gather(x, _AXIS, tiled=True)
+        out = _map_chunks(fn, kernels, jax.tree.map(mine, left), right, reduce)
+        return jax.tree.map(whole, out)
+
+    replicated = jax.sharding.PartitionSpec()
+    everywhere = jax.shard_map(
+        on_one_device, in_specs=replicated, out_specs=replicated, check_vma=False
+    )
+    return jax.tree.map(lambda x: x[:n], everywhere(arrays))
+
+
+def _map_chunks(fn, kernels: Kernels, left: _Side, right: _Side, reduce):
+    # In chunks, of which nothing is kept for reverse mode.
     (n,), (m,) = left.shape, right.shape
 
     # Spread and summed by products with ones: XLA on CPUs hands other reductions to a
@@ -163,7 +192,7 @@ def _map_pairs(fn, left: _Side, right: _Side, reduce=lambda x: x):
         columns = jax.tree.map(
             lambda y: jax.lax.dot(ones(y, rows.shape[0])[:, None], y[None]), right
         )
-        return jax.tree.map(reduce, fn(rows, columns))
+        return jax.tree.map(reduce, fn(kernels, rows, columns))
 
     chunks = -(-n * m // _PAIRS_AT_ONCE)
     if chunks <= 1:
@@ -177,8 +206,8 @@ def _map_pairs(fn, left: _Side, right: _Side, reduce=lambda x: x):
 
 
 def _block_matrix(kernels: Kernels, left: Block, right: Block) -> Float[Array, "l r"]:
-    fn = lambda *sides: _covariances(kernels, left, right, *sides)
-    out = _map_pairs(fn, _side(kernels, left), _side(kernels, right))
+    fn = lambda kernels, *sides: _covariances(kernels, left, right, *sides)
+    out = _map_pairs(fn, kernels, _side(kernels, left), _side(kernels, right))
     out = jnp.stack([jnp.stack(row, axis=-1) for row in out], axis=1)  # (n, q, m, r)
     return out.reshape(left.size, right.size)
 
@@ -188,9 +217,11 @@ def _block_product(kernels: Kernels, left: Block, right: Block, vector):
     weights = vector.reshape(right.points.shape[0], right.at_each)
     if right.coefficients is not None:
         weights = jnp.einsum("nq,nqp->np", weights, right.coefficients)
-    fn = lambda *sides: _products(kernels, left, right, *sides)
+    fn = lambda kernels, *sides: _products(kernels, left, right, *sides)
     sides = _side(kernels, left), _side(kernels, right, weights)
-    out = _map_pairs(fn, *sides, reduce=lambda x: x @ jnp.ones(x.shape[1], x.dtype))
+    out = _map_pairs(
+        fn, kernels, *sides, reduce=lambda x: x @ jnp.ones(x.shape[1], x.dtype)
+    )
     return jnp.stack(out, axis=1).reshape(left.size)
 
 
