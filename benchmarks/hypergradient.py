@@ -13,10 +13,7 @@ error. Everything, or some of it:
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +21,7 @@ import equinox as eqx
 import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
+from measuring import compiled, in_own_process, peak_mb, timed
 
 
 jax.config.update("jax_enable_x64", True)
@@ -274,16 +272,8 @@ ways: dict[str, Callable] = dict(
 
 def measure(name: str, way: str, n: int) -> dict[str, Any]:
     loss, k = ways[way](cases[name], n, n // 3)
-    step = eqx.filter_jit(eqx.filter_value_and_grad(loss))
-    start = time.perf_counter()
-    compiled = step.lower(k).compile()
-    compile_time = time.perf_counter() - start
-    seconds = []
-    for _ in range(2 if way == "published" else 6):
-        start, cpu = time.perf_counter(), time.process_time()
-        value, _ = jax.block_until_ready(compiled(k))
-        seconds.append((time.perf_counter() - start, time.process_time() - cpu))
-    wall, cpu = min(seconds)
+    step, compile_s = compiled(loss, k)
+    (value, _), times = timed(step, k, repeats=2 if way == "published" else 6)
     return dict(
         case=name,
         points=n,
@@ -291,10 +281,9 @@ def measure(name: str, way: str, n: int) -> dict[str, Any]:
         who="published" if way == "published" else "this",
         gradient="frozen" if way == "published" else way,
         objective=float(value),
-        step_s=round(wall, 4),
-        cpu_per_wall=round(cpu / wall, 2),
-        compile_s=round(compile_time, 1),
-        peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        **times,
+        compile_s=round(compile_s, 1),
+        peak_mb=peak_mb(),
     )
 
 
@@ -310,12 +299,9 @@ def main(names, sizes):
             for way in ways:
                 if way == "published" and n > largest_published.get(name, 900):
                     continue
-                command = [sys.executable, __file__, "--case", name, "--points", str(n)]
-                run = subprocess.run(
-                    [*command, "--way", way], check=True, capture_output=True, text=True
+                row = in_own_process(
+                    __file__, "--case", name, "--points", n, "--way", way
                 )
-                print(run.stdout, end="", flush=True)
-                row = json.loads(run.stdout)
                 print(
                     f"{name:13}{f'{n} + {n // 3}':>12}{way:>11}{row['step_s']:9.3f} s"
                     f"{row['compile_s']:8.1f} s{row['peak_mb']:7d} MB",

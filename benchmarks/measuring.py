@@ -1,0 +1,53 @@
+"""What the benchmarks of a gradient step share: measurements, one to a process."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+
+
+def compiled(loss: Callable, hyperparameters: Any) -> tuple[Any, float]:
+    """The value and gradient of `loss`, and the seconds it took to compile them."""
+    step = eqx.filter_jit(eqx.filter_value_and_grad(loss))
+    start = time.perf_counter()
+    step = step.lower(hyperparameters).compile()
+    return step, time.perf_counter() - start
+
+
+def timed(step: Callable, hyperparameters: Any, repeats: int) -> tuple[Any, dict]:
+    """What a step returns, and the wall time of the fastest of some."""
+    seconds = []
+    for _ in range(repeats):
+        start, cpu = time.perf_counter(), time.process_time()
+        outcome = jax.block_until_ready(step(hyperparameters))
+        seconds.append((time.perf_counter() - start, time.process_time() - cpu))
+    wall, cpu = min(seconds)
+    return outcome, dict(step_s=round(wall, 4), cpu_per_wall=round(cpu / wall, 2))
+
+
+def buffers_mb(step: Any) -> float:
+    """What a compiled step allocates, according to the compiler."""
+    memory = step.compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return round((total + memory.temp_size_in_bytes) / 2**20, 3)
+
+
+def peak_mb() -> int:
+    """The most memory that this process has had so far, compilation included."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def in_own_process(script: str, *arguments: Any) -> dict[str, Any]:
+    """Runs a script that prints one line of JSON, passes it on and returns its row."""
+    command = [sys.executable, script, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
+    print(run.stdout, end="", flush=True)
+    return json.loads(run.stdout)
