@@ -189,6 +189,27 @@ def tree_where(which, one, two):
     return eqx.combine(chosen, static[0])
 
 
+def _trivial_factor(linear_solver, problem: Problem) -> PyTree[Array]:
+    # Of the identity, if the solver is `lx.Cholesky`, for what comes of it to be finite
+    # if there never is another one. A factorisation would cost as much as a step.
+    def init(matrix):
+        tags = lx.positive_semidefinite_tag
+        return linear_solver.init(lx.MatrixLinearOperator(matrix, tags), {})
+
+    def trivial(x):
+        square = x.ndim == 2 and x.shape[0] == x.shape[1]
+        return (
+            jnp.eye(x.shape[0], dtype=x.dtype)
+            if square
+            else jnp.zeros(x.shape, x.dtype)
+        )
+
+    matrix = jax.ShapeDtypeStruct((problem.size, problem.size), problem.dtype)
+    struct = eqx.filter_eval_shape(init, matrix)
+    is_struct = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    return jax.tree.map(lambda x: trivial(x) if is_struct(x) else x, struct)
+
+
 class GaussNewton(optx.AbstractLeastSquaresSolver):
     """Gauss-Newton in the space of the conditions: each step solves the linearised
     problem in closed form, with one unknown for each scalar condition. See
@@ -217,14 +238,11 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
         problem, dtype = args, args.dtype
         zero = jnp.zeros((), dtype)
         start = options["start"]
-        eye = lx.MatrixLinearOperator(
-            jnp.eye(problem.size, dtype=dtype), lx.positive_semidefinite_tag
-        )
         return _GaussNewtonState(
             proposal=_Iterate(y.z, jnp.zeros(problem.size, dtype), zero, start),
             anderson=_Anderson.empty(y.z),
             jitter=options["jitter"],
-            factor=self.linear_solver.init(eye, {}),
+            factor=_trivial_factor(self.linear_solver, problem),
             rounding=zero,
             change=zero + jnp.inf,
             least_change=zero + jnp.inf,

@@ -1,0 +1,143 @@
+"""Where the time of one outer step goes, and how far each part is from arithmetic.
+
+The equation is Burgers', with the network of 2802 weights in the kernel, as in
+`hypergradient.py`. A step of `eqx_bilevel.learn` is one linearised solve, with the
+value of the objective, and then its gradient; their parts are timed on their own as
+well. The floor of a part is the number of its floating-point operations, as counted by
+the compiler, over what the machine does in a product of large matrices.
+
+    python benchmarks/profile_step.py --points 300 --points 900
+"""
+
+import argparse
+import json
+import sys
+import time
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import eqx_bilevel as eb
+import jax
+import jax.numpy as jnp
+import optax
+from eqx_bilevel import _gram, _learn, _linearised, _outer, _solve
+from hypergradient import cases, points
+
+
+jax.config.update("jax_enable_x64", True)
+
+
+line = "{:6}{:>10}{:>15}{:10.4f} s{:10.4f} s{:8.1f} s"
+
+
+def best_of(repeats, fn, *arguments):
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(fn(*arguments))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def flops_per_second(n=3000):
+    a = jnp.ones((n, n))
+    fn = jax.jit(lambda a: a @ a)
+    fn(a)
+    return 2 * n**3 / best_of(3, fn, a)
+
+
+class Part(NamedTuple):
+    step: Any  # compiled
+    arguments: tuple
+    compile_s: float
+
+
+def parts(n: int, gradient: str) -> dict[str, Part]:
+    case = cases["burgers"]
+    interior, boundary, other, key = points(case, n, n // 3)
+    conditions = [
+        eb.Condition(case.operator, interior, nugget=1e-10),
+        eb.Condition(lambda u, x: u.value, boundary, case.boundary, nugget=1e-10),
+    ]
+    prior = eb.GaussianProcess(case.kernel(key))
+    prior, conditions = _solve.checked(prior, conditions)
+    adjoint = _learn._adjoint(gradient)
+    objective = eb.ValidationResidual(other)
+    one = jnp.array(1)
+    task = _outer.Task(None, objective, eb.GaussNewton(), adjoint, one)
+    theta, task = _learn._separate(prior, conditions, task)
+    found_parts = {}
+
+    def part(name, fn, *arguments):
+        start = time.perf_counter()
+        step = eqx.filter_jit(fn).lower(*arguments).compile()
+        seconds = time.perf_counter() - start
+        found_parts[name] = Part(step, arguments, seconds)
+        return step(*arguments)
+
+    def problem(theta):
+        stated = eqx.combine(theta, task.rest)
+        return _solve.sanitised(*_solve.unwrap(stated))[0]
+
+    def network(theta):
+        return [r.sides for r in problem(theta).rows]
+
+    def gram(problem):
+        z = _linearised.prior_z(problem)
+        functionals = _linearised.linearise(problem, z).functionals
+        return _gram.covariance(problem.kernels, functionals, functionals)
+
+    part("network", network, theta)
+    matrix = part("Gram matrix", gram, eqx.filter_jit(problem)(theta))
+    matrix = matrix + 1e-8 * jnp.diag(jnp.diagonal(matrix))
+    part("factorisation", jnp.linalg.cholesky, matrix)
+    start = _outer.cold_start(theta, task)
+    found, _ = part("solve", _outer.evaluate.__wrapped__, theta, task, start)
+    optimiser = optax.adam(1e-3)
+    state, key = optimiser.init(theta), jax.random.key(0)
+    step = _outer.optax_step.__wrapped__
+    part("gradient", step, optimiser, state, theta, task, found, key)
+    return found_parts
+
+
+# So few that there is no loop over chunks of pairs, whose body the compiler counts
+# once only.
+few = 150
+
+
+def operations(name: str, n: int, small: dict[str, Part]) -> float:
+    cube = (n + n // 3) ** 3 / 3
+    if name == "factorisation":
+        return cube
+    counted = small[name].step.compiled.cost_analysis()["flops"]
+    pairs = counted * (n / few) ** (1 if name == "network" else 2)
+    return pairs + cube if name == "solve" else pairs
+
+
+def measure(n: int, gradient: str):
+    rate = flops_per_second()
+    small = parts(few, gradient)
+    for name, part in parts(n, gradient).items():
+        row = dict(
+            part=name,
+            gradient=gradient,
+            points=n,
+            boundary=n // 3,
+            seconds=round(best_of(10, part.step, *part.arguments), 5),
+            floor_s=round(operations(name, n, small) / rate, 5),
+            compile_s=round(part.compile_s, 1),
+        )
+        print(json.dumps(row), flush=True)
+        cells = (n, gradient, name, row["seconds"], row["floor_s"], row["compile_s"])
+        print(line.format(*cells), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--points", type=int, action="append")
+    given = parser.parse_args()
+    header = ("points", "gradient", "part", "measured", "floor", "compile")
+    print("{:>6}{:>10}{:>15}{:>12}{:>12}{:>10}".format(*header), file=sys.stderr)
+    for n in given.points or (300, 900):
+        for gradient in ("frozen", "implicit"):
+            measure(n, gradient)
