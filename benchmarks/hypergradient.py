@@ -5,15 +5,18 @@ all derivatives at all points, by nested automatic differentiation of the kernel
 then also goes through the factorisation. Both ways take one linearised step at the same
 points with the same kernel. Each measurement runs in a process of its own, for its peak
 memory to be known, and is one line of JSON on standard output; a table goes to standard
-error. Everything, or some of it:
+error. Here a step can be had in two forms: the gradient of a function that calls
+`solve`, as in a program of one's own, or a step of `learn`. Everything, or some of it:
 
     python benchmarks/hypergradient.py
     python benchmarks/hypergradient.py --case burgers --points 300
 """
 
 import argparse
+import functools as ft
 import json
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +24,7 @@ import equinox as eqx
 import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
+import optax
 from measuring import compiled, in_own_process, peak_mb, timed
 
 
@@ -129,7 +133,7 @@ def points(case: Case, n: int, m: int):
 #
 
 
-def ours(adjoint, case: Case, n: int, m: int):
+def stated(case: Case, n: int, m: int):
     interior, boundary, other, key = points(case, n, m)
     single = len(case.unknowns) == 1
 
@@ -149,12 +153,48 @@ def ours(adjoint, case: Case, n: int, m: int):
         one = eb.GaussianProcess(k)
         return one if single else dict.fromkeys(case.unknowns, one)
 
+    return prior, conditions, objective, case.kernel(key)
+
+
+def ours(adjoint, case: Case, n: int, m: int):
+    prior, conditions, objective, k = stated(case, n, m)
+
     # One linearised solve from the prior's mean, as in the published way.
     def loss(k):
         options = dict(adjoint=adjoint, max_steps=1, throw=False)
         return objective(eb.solve(prior(k), conditions, **options))
 
-    return loss, case.kernel(key)
+    return loss, k
+
+
+def learning(gradient: str, case: Case, n: int, m: int) -> dict[str, Any]:
+    # As it is in `learn`, where a solve and its gradient are compiled separately.
+    prior, conditions, objective, k = stated(case, n, m)
+    clocks = [(time.perf_counter(), time.process_time())]
+    read = lambda report: clocks.append((time.perf_counter(), time.process_time()))
+    learned = eb.learn(
+        prior(k),
+        conditions,
+        objective,
+        optax.adam(1e-3),
+        gradient=gradient,
+        steps=8,
+        scale_search=False,
+        max_inner_steps=1,
+        verbose=read,
+        throw=False,
+    )
+    first, *steps = [
+        (after - before, cpu_after - cpu_before)
+        for (before, cpu_before), (after, cpu_after) in zip(clocks, clocks[1:])
+    ]
+    wall, cpu = min(steps)
+    return dict(
+        objective=float(learned.history["objective"][0]),
+        step_s=round(wall, 4),
+        cpu_per_wall=round(cpu / wall, 2),
+        compile_s=round(first[0] - wall, 1),
+    )
 
 
 #
@@ -206,7 +246,7 @@ def published(case: Case, n: int, m: int):
             return lambda *xy: second[0](*xy) + second[1](*xy)
         for axis, order in enumerate(index):
             for _ in range(order):
-                f = lambda *xy, f=f, axis=axis: jax.jacfwd(f, argnum)(*xy)[axis]
+                f = lambda *xy, f=f, axis=axis: jax.grad(f, argnum)(*xy)[axis]
         return f
 
     def pairs(f, x, y):
@@ -263,26 +303,34 @@ def published(case: Case, n: int, m: int):
 # Measuring
 #
 
-ways: dict[str, Callable] = dict(
-    published=published,
-    frozen=lambda *arguments: ours(eb.FrozenAdjoint(), *arguments),
-    implicit=lambda *arguments: ours(eb.FixedPointAdjoint(), *arguments),
-)
+
+def alone(fn: Callable, repeats: int) -> Callable:
+    def measured(*arguments) -> dict[str, Any]:
+        loss, k = fn(*arguments)
+        step, compile_s = compiled(loss, k)
+        (value, _), times = timed(step, k, repeats)
+        return dict(objective=float(value), **times, compile_s=round(compile_s, 1))
+
+    return measured
+
+
+ways: dict[str, Callable] = {
+    "published": alone(published, 2),
+    "frozen": alone(ft.partial(ours, eb.FrozenAdjoint()), 6),
+    "implicit": alone(ft.partial(ours, eb.FixedPointAdjoint()), 6),
+    "learn frozen": ft.partial(learning, "frozen"),
+    "learn implicit": ft.partial(learning, "implicit"),
+}
 
 
 def measure(name: str, way: str, n: int) -> dict[str, Any]:
-    loss, k = ways[way](cases[name], n, n // 3)
-    step, compile_s = compiled(loss, k)
-    (value, _), times = timed(step, k, repeats=2 if way == "published" else 6)
     return dict(
         case=name,
         points=n,
         boundary=n // 3,
         who="published" if way == "published" else "this",
-        gradient="frozen" if way == "published" else way,
-        objective=float(value),
-        **times,
-        compile_s=round(compile_s, 1),
+        way=way,
+        **ways[way](cases[name], n, n // 3),
         peak_mb=peak_mb(),
     )
 
@@ -293,7 +341,7 @@ largest_published = dict(burgers=300, deep=300, eikonal=300)
 
 def main(names, sizes):
     header = ("case", "points", "way", "a step", "compile", "memory")
-    print("{:13}{:>12}{:>11}{:>11}{:>10}{:>10}".format(*header), file=sys.stderr)
+    print("{:13}{:>12}{:>16}{:>11}{:>10}{:>10}".format(*header), file=sys.stderr)
     for name in names:
         for n in sizes:
             for way in ways:
@@ -303,7 +351,7 @@ def main(names, sizes):
                     __file__, "--case", name, "--points", n, "--way", way
                 )
                 print(
-                    f"{name:13}{f'{n} + {n // 3}':>12}{way:>11}{row['step_s']:9.3f} s"
+                    f"{name:13}{f'{n} + {n // 3}':>12}{way:>16}{row['step_s']:9.3f} s"
                     f"{row['compile_s']:8.1f} s{row['peak_mb']:7d} MB",
                     file=sys.stderr,
                     flush=True,

@@ -186,14 +186,12 @@ class _Elimination(lx.AbstractLinearSolver):
         vector = jax.tree.map(clean, vector)
         z, read = separate(state.problem, vector.z)
         if state.transposed:
-            z_read, w_read = _read_transposed(state, read)
-            z, weights, result = self._eliminate(
-                state, z, z_read, vector.weights + w_read
-            )
+            bent, more = _read_transposed(state, read)
+            right = z, bent, vector.weights + more
+            z, weights, result = self._eliminate(state, *right)
         else:
-            z, weights, result = self._eliminate(
-                state, z, jnp.zeros_like(z), vector.weights
-            )
+            right = z, jnp.zeros_like(z), vector.weights
+            z, weights, result = self._eliminate(state, *right)
             read = read + _read(state, z, weights)
         root = Root(join(state.problem, z, read), weights)
         return jax.tree.map(clean, root), result, {}

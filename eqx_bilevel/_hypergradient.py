@@ -97,12 +97,8 @@ def differentiable(
         found.result,
         found.stats,
     )
-    known = {r.name: (r, v) for r, v in zip(read.rows, split(read, values))}
-    known = [known[name] for name in sorted(known)]
-    return dataclasses.replace(
-        solution,
-        _readings=tuple(
-            Reading(points, r.trace.jets, jets)
-            for (_, points), (r, jets) in zip(readings, known)
-        ),
-    )
+    known = [
+        Reading(readings[r.position][1], r.trace.jets, jets)
+        for r, jets in zip(read.rows, split(read, values))
+    ]
+    return dataclasses.replace(solution, _readings=tuple(known))

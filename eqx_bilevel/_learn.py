@@ -160,6 +160,10 @@ def learn(
             "`learn` is a loop in Python around compiled steps: it cannot be called "
             "inside `jax.jit`, `jax.grad` or `jax.vmap`. `solve` can."
         )
+    if not isinstance(max_inner_steps, int) or max_inner_steps < 1:
+        raise ValueError(
+            f"`max_inner_steps` must be a positive integer, got {max_inner_steps}."
+        )
     prior, conditions = checked(prior, conditions)
     if not isinstance(objective, AbstractObjective):
         raise ValueError(

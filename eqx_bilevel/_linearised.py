@@ -106,11 +106,10 @@ def linearise(problem: Problem, z: Float[Array, " N"]) -> Linearised:
         jacobian, offset = jax.vmap(at)(z_r, r.points)
         jacobians.append(jacobian)
         rhs.append(offset + r.target)
-    means = [r.mean for r in problem.rows]
-    change = flat(rhs) - jacobian_product(jacobians, means)
+    means = jacobian_product(jacobians, [r.mean for r in problem.rows])
     blocks = [r.block(jacobian) for r, jacobian in zip(problem.rows, jacobians)]
     functionals = _merge([block for block in blocks if block.size > 0])
-    return Linearised(functionals, tuple(jacobians), change)
+    return Linearised(functionals, tuple(jacobians), flat(rhs) - means)
 
 
 def _merge(blocks: Sequence[Block]) -> tuple[Block, ...]:
@@ -141,10 +140,9 @@ def jet_changes(
 ) -> list[Array]:
     # By how much the jets of `m + k functionals^T weights` differ from those of the
     # mean, at the points of each condition.
-    return split_jets(
-        problem,
-        covariance_product(problem.kernels, _jets(problem), functionals, weights),
-    )
+    left = _jets(problem)
+    product = covariance_product(problem.kernels, left, functionals, weights)
+    return split_jets(problem, product)
 
 
 def jet_products(

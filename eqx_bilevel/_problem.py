@@ -40,6 +40,7 @@ class Rows(eqx.Module):
     trace: Trace = eqx.field(static=True)
     unknowns: Unknowns = eqx.field(static=True)
     name: str = eqx.field(static=True)
+    position: int = eqx.field(static=True)  # among what was stated
 
     @property
     def z_entries(self) -> Int[Array, " k"]:
@@ -210,6 +211,7 @@ def build(prior, conditions: Sequence[Condition]) -> Problem:
                 trace,
                 unknowns,
                 name,
+                i,
             )
         )
     return Problem(kernels, _in_order(rows))
@@ -245,6 +247,7 @@ def with_readings(
                 trace=Trace(jets, tuple(range(len(jets))), ((0,),)),
                 unknowns=unknowns,
                 name=name,
+                position=i,
             )
         )
     return Problem(problem.kernels, _in_order(rows))

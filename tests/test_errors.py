@@ -361,6 +361,12 @@ _wrong = {
         ),
         "`optimiser` must be an Optax optimiser.*got a str",
     ),
+    "max_inner_steps": (
+        lambda: eb.learn(
+            _prior(), data, eb.ValidationResidual(grid, "ends"), max_inner_steps=0
+        ),
+        "`max_inner_steps` must be a positive integer, got 0",
+    ),
     "validation where it was fitted": (
         lambda: eb.learn(_prior(), data, eb.ValidationResidual(ends, "ends")),
         "All validation points are points of the condition itself",
