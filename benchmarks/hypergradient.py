@@ -307,8 +307,8 @@ def published(case: Case, n: int, m: int):
 def alone(fn: Callable, repeats: int) -> Callable:
     def measured(*arguments) -> dict[str, Any]:
         loss, k = fn(*arguments)
-        step, compile_s = compiled(loss, k)
-        (value, _), times = timed(step, k, repeats)
+        step, compile_s = compiled(eqx.filter_value_and_grad(loss), k)
+        (value, _), times = timed(step, k, repeats=repeats)
         return dict(objective=float(value), **times, compile_s=round(compile_s, 1))
 
     return measured

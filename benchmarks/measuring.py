@@ -12,23 +12,22 @@ import equinox as eqx
 import jax
 
 
-def compiled(loss: Callable, hyperparameters: Any) -> tuple[Any, float]:
-    """The value and gradient of `loss`, and the seconds it took to compile them."""
-    step = eqx.filter_jit(eqx.filter_value_and_grad(loss))
+def compiled(fn: Callable, *arguments: Any) -> tuple[Any, float]:
+    """A function, compiled, and the seconds that took."""
     start = time.perf_counter()
-    step = step.lower(hyperparameters).compile()
+    step = eqx.filter_jit(fn).lower(*arguments).compile()
     return step, time.perf_counter() - start
 
 
-def timed(step: Callable, hyperparameters: Any, repeats: int) -> tuple[Any, dict]:
+def timed(step: Callable, *arguments: Any, repeats: int) -> tuple[Any, dict]:
     """What a step returns, and the wall time of the fastest of some."""
     seconds = []
     for _ in range(repeats):
         start, cpu = time.perf_counter(), time.process_time()
-        outcome = jax.block_until_ready(step(hyperparameters))
+        outcome = jax.block_until_ready(step(*arguments))
         seconds.append((time.perf_counter() - start, time.process_time() - cpu))
     wall, cpu = min(seconds)
-    return outcome, dict(step_s=round(wall, 4), cpu_per_wall=round(cpu / wall, 2))
+    return outcome, dict(step_s=round(wall, 5), cpu_per_wall=round(cpu / wall, 2))
 
 
 def buffers_mb(step: Any) -> float:

@@ -12,7 +12,6 @@ the compiler, over what the machine does in a product of large matrices.
 import argparse
 import json
 import sys
-import time
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -21,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from eqx_bilevel import _gram, _learn, _linearised, _outer, _solve
-from hypergradient import cases, points
+from hypergradient import cases, stated
+from measuring import compiled, timed
 
 
 jax.config.update("jax_enable_x64", True)
@@ -30,20 +30,11 @@ jax.config.update("jax_enable_x64", True)
 line = "{:6}{:>10}{:>15}{:10.4f} s{:10.4f} s{:8.1f} s"
 
 
-def best_of(repeats, fn, *arguments):
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(fn(*arguments))
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
 def flops_per_second(n=3000):
     a = jnp.ones((n, n))
-    fn = jax.jit(lambda a: a @ a)
-    fn(a)
-    return 2 * n**3 / best_of(3, fn, a)
+    product, _ = compiled(lambda a: a @ a, a)
+    _, times = timed(product, a, repeats=4)
+    return 2 * n**3 / times["step_s"]
 
 
 class Part(NamedTuple):
@@ -53,25 +44,16 @@ class Part(NamedTuple):
 
 
 def parts(n: int, gradient: str) -> dict[str, Part]:
-    case = cases["burgers"]
-    interior, boundary, other, key = points(case, n, n // 3)
-    conditions = [
-        eb.Condition(case.operator, interior, nugget=1e-10),
-        eb.Condition(lambda u, x: u.value, boundary, case.boundary, nugget=1e-10),
-    ]
-    prior = eb.GaussianProcess(case.kernel(key))
-    prior, conditions = _solve.checked(prior, conditions)
+    prior, conditions, objective, kernel = stated(cases["burgers"], n, n // 3)
+    prior, conditions = _solve.checked(prior(kernel), conditions)
     adjoint = _learn._adjoint(gradient)
-    objective = eb.ValidationResidual(other)
     one = jnp.array(1)
     task = _outer.Task(None, objective, eb.GaussNewton(), adjoint, one)
     theta, task = _learn._separate(prior, conditions, task)
     found_parts = {}
 
     def part(name, fn, *arguments):
-        start = time.perf_counter()
-        step = eqx.filter_jit(fn).lower(*arguments).compile()
-        seconds = time.perf_counter() - start
+        step, seconds = compiled(fn, *arguments)
         found_parts[name] = Part(step, arguments, seconds)
         return step(*arguments)
 
@@ -118,18 +100,19 @@ def measure(n: int, gradient: str):
     rate = flops_per_second()
     small = parts(few, gradient)
     for name, part in parts(n, gradient).items():
+        _, times = timed(part.step, *part.arguments, repeats=10)
         row = dict(
             part=name,
             gradient=gradient,
             points=n,
             boundary=n // 3,
-            seconds=round(best_of(10, part.step, *part.arguments), 5),
+            **times,
             floor_s=round(operations(name, n, small) / rate, 5),
             compile_s=round(part.compile_s, 1),
         )
         print(json.dumps(row), flush=True)
-        cells = (n, gradient, name, row["seconds"], row["floor_s"], row["compile_s"])
-        print(line.format(*cells), file=sys.stderr)
+        cells = (row[key] for key in ("step_s", "floor_s", "compile_s"))
+        print(line.format(n, gradient, name, *cells), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def measure(study: str, curve: str, size: int, way: str) -> dict[str, Any]:
     # Points become arguments of the step, as they are in `eqx_bilevel.learn`. What
     # depends on constants only, the compiler computes itself, slowly if there are many.
     loss = eqx.filter_closure_convert(loss, k)
-    step, compile_s = compiled(loss, k)
+    step, compile_s = compiled(eqx.filter_value_and_grad(loss), k)
     (value, gradient), times = timed(step, k, repeats=6 if conditions < 3000 else 2)
     # A solve that fails returns nan.
     if not all(jnp.isfinite(x).all() for x in jax.tree.leaves((value, gradient))):

@@ -165,7 +165,7 @@ class _Elimination(lx.AbstractLinearSolver):
         del options
         root, (_, residual, inputs) = operator.x, operator.args
         problem, factor = _problem(inputs), _state(residual).factor
-        conditions = problem.only(read=False)
+        conditions = problem.conditions
         z, _ = separate(problem, root.z)
         linearised = linearise(conditions, z)
         inverse = GramInverse(
@@ -227,12 +227,12 @@ class _Elimination(lx.AbstractLinearSolver):
 
 def _hessian_product(state: _System, dz):
     assert state.hessian is not None
-    return block_product(state.problem.only(read=False), state.hessian, dz)
+    return block_product(state.problem.conditions, state.hessian, dz)
 
 
 def _read(state: _System, z, weights) -> Array:
     # By how much what is only read changes with z and w: the rest of the first row.
-    conditions, readings = (state.problem.only(read=read) for read in (False, True))
+    conditions, readings = state.problem.conditions, state.problem.readings
     if readings.z_size == 0:
         return z[:0]
     jets = transposed_jacobian_product(conditions, state.jacobians, weights)
@@ -244,7 +244,7 @@ def _read(state: _System, z, weights) -> Array:
 
 def _read_transposed(state: _System, read) -> tuple[Array, Array]:
     # The transpose of that, less the factor H.
-    conditions, readings = (state.problem.only(read=read) for read in (False, True))
+    conditions, readings = state.problem.conditions, state.problem.readings
     if readings.z_size == 0:
         zero = lambda size: jnp.zeros(size, state.problem.dtype)
         return zero(conditions.z_size), zero(conditions.size)

@@ -197,12 +197,9 @@ def _trivial_factor(linear_solver, problem: Problem) -> PyTree[Array]:
         return linear_solver.init(lx.MatrixLinearOperator(matrix, tags), {})
 
     def trivial(x):
-        square = x.ndim == 2 and x.shape[0] == x.shape[1]
-        return (
-            jnp.eye(x.shape[0], dtype=x.dtype)
-            if square
-            else jnp.zeros(x.shape, x.dtype)
-        )
+        if x.shape == matrix.shape:
+            return jnp.eye(problem.size, dtype=x.dtype)
+        return jnp.zeros(x.shape, x.dtype)
 
     matrix = jax.ShapeDtypeStruct((problem.size, problem.size), problem.dtype)
     struct = eqx.filter_eval_shape(init, matrix)

@@ -64,7 +64,7 @@ def differentiable(
     weights = jnp.where(useful, found.weights, 0.0)
     unwrapped = [(unwrap(operator), points) for operator, points in readings]
     whole = with_readings(problem, unwrap(prior), unwrapped)
-    read = without_gradient(whole.only(read=True))
+    read = without_gradient(whole.readings)
     values = found._z[:0]
     if readings:
         changes = jet_changes(read, found._functionals, weights)

@@ -34,7 +34,7 @@ from ._quasi_newton import BoundedBFGS
 from ._results import RESULTS
 from ._scale import rescaled, search_scale
 from ._solution import Solution
-from ._solve import checked, functions_as_pytrees, solve
+from ._solve import check_num_steps, checked, functions_as_pytrees, solve
 
 
 _Optimiser = (
@@ -160,10 +160,7 @@ def learn(
             "`learn` is a loop in Python around compiled steps: it cannot be called "
             "inside `jax.jit`, `jax.grad` or `jax.vmap`. `solve` can."
         )
-    if not isinstance(max_inner_steps, int) or max_inner_steps < 1:
-        raise ValueError(
-            f"`max_inner_steps` must be a positive integer, got {max_inner_steps}."
-        )
+    check_num_steps(max_inner_steps, "max_inner_steps")
     prior, conditions = checked(prior, conditions)
     if not isinstance(objective, AbstractObjective):
         raise ValueError(

@@ -17,8 +17,8 @@ from ._jets import linearise as linearise_operator, nonlinear_part
 from ._problem import Problem
 
 
-def split_weights(problem: Problem, weights: Float[Array, " M"]) -> list[Array]:
-    return _split(weights, [r.target.shape for r in problem.rows])
+def flat(parts: Iterable[Array]) -> Array:
+    return jnp.concatenate([part.reshape(-1) for part in parts])
 
 
 def _split(vector: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
@@ -26,16 +26,16 @@ def _split(vector: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
     return [part.reshape(shape) for part, shape in zip(parts, shapes)]
 
 
+def split(problem: Problem, z: Float[Array, " N"]) -> list[Array]:
+    return _split(z, [(len(r.points), len(r.trace.nonlinear)) for r in problem.rows])
+
+
 def split_jets(problem: Problem, jets: Array) -> list[Array]:
     return _split(jets, [r.mean.shape for r in problem.rows])
 
 
-def flat(parts: Iterable[Array]) -> Float[Array, " N"]:
-    return jnp.concatenate([part.reshape(-1) for part in parts])
-
-
-def split(problem: Problem, z: Float[Array, " N"]) -> list[Array]:
-    return _split(z, [(len(r.points), len(r.trace.nonlinear)) for r in problem.rows])
+def split_weights(problem: Problem, weights: Float[Array, " M"]) -> list[Array]:
+    return _split(weights, [r.target.shape for r in problem.rows])
 
 
 def separate(
@@ -51,8 +51,8 @@ def join(
     problem: Problem, z: Float[Array, " A"], read: Float[Array, " B"]
 ) -> Float[Array, " N"]:
     parts = {
-        False: iter(split(problem.only(read=False), z)),
-        True: iter(split(problem.only(read=True), read)),
+        False: iter(split(problem.conditions, z)),
+        True: iter(split(problem.readings, read)),
     }
     return flat(next(parts[r.only_read]) for r in problem.rows)
 

@@ -13,7 +13,6 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from ._adjoint import without_gradient
 from ._gauss_newton import GaussNewton
 from ._hypergradient import differentiable
 from ._linearised import prior_z
@@ -51,8 +50,7 @@ class Outcome(eqx.Module):
 
 
 def _solve_at(theta: PyTree, task: Task, start: Start) -> Solution:
-    # Without derivatives.
-    prior, conditions = eqx.combine(without_gradient(theta), task.rest)
+    prior, conditions = eqx.combine(theta, task.rest)
     problem, fault = sanitised(*unwrap((prior, conditions)))
     return solve_problem(
         prior,
@@ -146,8 +144,8 @@ class _Flat(eqx.Module):
     def __call__(self, vector, args):
         theta, task, start = args
         _, unravel = ravel_pytree(theta)
-
-        found = _solve_at(unravel(vector), task, start)
+        here = jax.lax.stop_gradient(vector)
+        found = _solve_at(unravel(here), task, start)
 
         def residuals(v):
             theta = unravel(v)
@@ -161,7 +159,6 @@ class _Flat(eqx.Module):
             _, outcome = residuals(v)
             return jnp.log(outcome.objective), outcome
 
-        here = jax.lax.stop_gradient(vector)
         if self.least_squares:
             jacobian, _ = jax.jacfwd(residuals, has_aux=True)(here)
             r, outcome = residuals(here)

@@ -72,8 +72,14 @@ class Problem(eqx.Module):
     def dtype(self):
         return self.rows[0].points.dtype
 
-    def only(self, *, read: bool) -> "Problem":
-        return Problem(self.kernels, tuple(r for r in self.rows if r.only_read == read))
+    @property
+    def conditions(self) -> "Problem":
+        rows = tuple(r for r in self.rows if not r.only_read)
+        return Problem(self.kernels, rows)
+
+    @property
+    def readings(self) -> "Problem":
+        return Problem(self.kernels, tuple(r for r in self.rows if r.only_read))
 
 
 #

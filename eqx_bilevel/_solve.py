@@ -101,8 +101,7 @@ def solve(
             "`adjoint` must be an `eqx_bilevel.FixedPointAdjoint` or an "
             f"`eqx_bilevel.FrozenAdjoint`, got a {type(adjoint).__name__}."
         )
-    if not isinstance(max_steps, int) or max_steps < 1:
-        raise ValueError(f"`max_steps` must be a positive integer, got {max_steps}.")
+    check_num_steps(max_steps, "max_steps")
     prior, conditions = checked(prior, conditions)
     if isinstance(initial, Mapping):
         unknown = sorted(initial.keys() - set(names_of(prior).names))
@@ -110,6 +109,11 @@ def solve(
             raise ValueError(f"`initial` is for unknown function(s) {unknown}.")
     initial = functions_as_pytrees(initial)
     return _solve(prior, conditions, solver, adjoint, initial, max_steps, throw)
+
+
+def check_num_steps(num: int, name: str) -> None:
+    if not isinstance(num, int) or num < 1:
+        raise ValueError(f"`{name}` must be a positive integer, got {num}.")
 
 
 @eqx.filter_jit
