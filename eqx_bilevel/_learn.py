@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import optimistix as optx
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._adjoint import FixedPointAdjoint, FrozenAdjoint
 from ._condition import Condition, GaussianProcess, is_concrete
@@ -32,7 +32,7 @@ from ._outer import (
 from ._parameters import AbstractParameter, learnable
 from ._quasi_newton import BoundedBFGS
 from ._results import RESULTS
-from ._scale import rescaled, search_scale
+from ._scale import rescaled, search_scale, Tried
 from ._solution import Solution
 from ._solve import check_num_steps, checked, functions_as_pytrees, solve
 
@@ -58,8 +58,8 @@ class Learned(eqx.Module):
         given to `pandas.DataFrame`: `seconds` since the start, `objective`, `best` (so
         far), `batch` (the objective of the batch that the step used), `accepted`,
         `inner_steps` and `jitter`.
-    - `scale_search`: The pairs of a lengthscale and an objective that were tried before
-        the first step.
+    - `scale_search`: What was tried before the first step: tuples of `lengths`, a
+        typical lengthscale for each dimension, and `objective`.
     """
 
     prior: GaussianProcess | dict[str, GaussianProcess]
@@ -68,7 +68,7 @@ class Learned(eqx.Module):
     objective: Array
     converged: bool
     history: dict[str, np.ndarray]
-    scale_search: list[tuple[float, float]]
+    scale_search: list[Tried]
 
 
 class LearningError(RuntimeError):
@@ -119,9 +119,8 @@ def learn(
     - `conditions`: A list of [`eqx_bilevel.Condition`][]s.
     - `objective`: An [`eqx_bilevel.AbstractObjective`][], or a sum of them.
     - `optimiser`: An Optax optimiser; or an Optimistix minimiser (of the logarithm of
-        the objective) or least-squares solver, which need few steps if there are few
-        hyperparameters. Default: [`eqx_bilevel.BoundedBFGS`][] for up to 20
-        hyperparameters, and otherwise `optax.adam(1e-3)`.
+        the objective) or least-squares solver. Default: [`eqx_bilevel.BoundedBFGS`][]
+        for up to 3000 hyperparameters, and otherwise `optax.adam(1e-3)`.
 
     The remaining arguments are keyword-only.
 
@@ -129,19 +128,21 @@ def learn(
     - `steps`: The largest number of steps.
     - `scale_search`: Whether to first try a few common factors of all lengthscales; or
         how many. They are spread between the distance of the points and the size of the
-        domain, and four more are tried around the best of them.
+        domain, and four more are tried around the best of them. If dimensions have
+        lengthscales of their own, then these are doubled or halved while that helps.
     - `solver`: The inner solver.
     - `max_inner_steps`: The largest number of Gauss-Newton steps for each outer step.
         With `gradient="frozen"` and `max_inner_steps=1`, each outer step costs one
         linearised solve.
     - `rtol`, `patience`: Stop if the objective has not decreased by this factor in that
-        many accepted steps. Default: 3 steps for Optimistix, 200 for Optax.
+        many accepted steps. Default: 200 steps for Optax; for Optimistix 3, or 10 with
+        more than 20 hyperparameters.
     - `pool`: Whether the validation points join the conditions for the solution that is
         returned. It is solved for once more, with the same hyperparameters.
     - `key`: A JAX random key, for objectives with batches.
     - `verbose`: Whether to print one line for each step; or a function that is called
         with a dictionary, whose entries are those of `history`, and `step`. That is
-        zero during the scale search, which has a `lengthscale` in addition.
+        zero during the scale search, which has `lengths` in addition.
     - `throw`: Whether to raise an error if nothing could be learned.
 
     **Returns:**
@@ -173,18 +174,20 @@ def learn(
     objective = functions_as_pytrees(objective)
     task = Task(None, objective, solver, adjoint, jnp.asarray(max_inner_steps))
     # The search may give a kernel a scale that it had not.
-    scaled = rescaled(prior, jnp.array(1.0)) if scale_search else prior
+    scaled = rescaled(prior, _no_factors(conditions)) if scale_search else prior
     learned_at_all, _ = _separate(scaled, conditions, task)
     optimiser = _optimiser(optimiser, learned_at_all, bool(scale_search))
     record = _Record(verbose)
-    tried: list[tuple[float, float]] = []
+    tried: list[Tried] = []
     if scale_search:
         num = 8 if scale_search is True else scale_search
         record.note("Compiling the scale search.")
         prior, tried = _search(prior, conditions, task, num, record)
     theta, task = _separate(prior, conditions, task)
     if patience is None:
-        patience = 200 if isinstance(optimiser, optax.GradientTransformation) else 3
+        few = sum(x.size for x in jax.tree.leaves(theta)) <= _FEW
+        stochastic = isinstance(optimiser, optax.GradientTransformation)
+        patience = 200 if stochastic else 3 if few else 10
     record.note("Compiling the step.")
     converged = _minimise(
         optimiser, theta, task, steps, key, record, rtol, patience, bool(tried)
@@ -210,6 +213,12 @@ def _adjoint(gradient: str) -> optx.AbstractAdjoint:
     return adjoints[gradient]
 
 
+# Beyond the first number hyperparameters are probably weights of a network. At the
+# second, the matrix of BFGS has 70 MB, and its update takes as long as a step.
+_FEW = 20
+_MOST_FOR_BFGS = 3000
+
+
 def _optimiser(optimiser, theta, searched: bool) -> _Optimiser:
     size = sum(x.size for x in jax.tree.leaves(theta))
     if size == 0:
@@ -218,16 +227,22 @@ def _optimiser(optimiser, theta, searched: bool) -> _Optimiser:
             "`eqx_bilevel.Frozen`, and `conditions` no parameters."
         )
     if optimiser is None:
-        few = size <= 20
+        if size > _MOST_FOR_BFGS:
+            return optax.adam(1e-3)
+        if size > _FEW:
+            return BoundedBFGS(1e-5, 1e-5, max_length=0.3)
         # After a search the first step, whose length is not known, should be short.
-        bfgs = BoundedBFGS(1e-3, 1e-3, max_length=0.1 if searched else 0.7)
-        return bfgs if few else optax.adam(1e-3)
+        return BoundedBFGS(1e-3, 1e-3, max_length=0.1 if searched else 0.7)
     if not isinstance(optimiser, _Optimiser):
         raise ValueError(
             "`optimiser` must be an Optax optimiser, or an Optimistix least-squares "
             f"solver or minimiser, got a {type(optimiser).__name__}."
         )
     return optimiser
+
+
+def _no_factors(conditions: Sequence[Condition]) -> Float[Array, " d"]:
+    return jnp.ones_like(conditions[0].points[0])
 
 
 def _with_inner_steps(task: Task, num: int) -> Task:
@@ -277,14 +292,15 @@ class _Record:
         if self.verbose is True:
             print(text, flush=True)
 
-    def add_search(self, length: float, outcome: Outcome) -> None:
+    def add_search(self, lengths: tuple[float, ...], outcome: Outcome) -> None:
         row = self._row(outcome, np.nan, False)
         self.searched = np.fmin(self.searched, row["objective"])
         row["best"] = self.searched
+        shown = ", ".join(f"{length:.3e}" for length in lengths)
         self._report(
-            "scale search  lengthscale {lengthscale:.3e}   "
+            f"scale search  lengths {shown}   "
             "objective {objective:.6e}   {seconds:.1f} s",
-            dict(step=0, lengthscale=length, **row),
+            dict(step=0, lengths=lengths, **row),
         )
 
     def add(self, outcome: Outcome | None, batch: float, accepted: bool) -> None:
@@ -455,11 +471,11 @@ def _run_optimistix(optimiser, theta, task, start, steps):
 
 
 def _search(prior, conditions, task: Task, num: int, record: _Record):
-    def value(length, candidate):
+    def value(lengths, candidate):
         few = _with_inner_steps(task, _FEW_INNER_STEPS)
         theta, scaled = _separate(candidate, conditions, few)
         _, outcome = evaluate(theta, scaled, cold_start(theta, scaled))
-        record.add_search(length, outcome)
+        record.add_search(lengths, outcome)
         objective = float(outcome.objective)
         return objective if np.isfinite(objective) else np.inf
 

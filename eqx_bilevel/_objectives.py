@@ -96,14 +96,20 @@ class _WeightedSum(AbstractObjective):
 
 
 class ValidationResidual(AbstractObjective):
-    """How well a condition holds at points where it was not imposed.
+    """How well a condition holds at points where it was not imposed; and how well all
+    conditions hold where they were.
 
-    It is half the sum of the squares of operator minus target, as in the paper
-    ([arXiv:2510.05568](https://arxiv.org/abs/2510.05568)).
+    The first is half the sum of the squares of operator minus target, as in the paper
+    ([arXiv:2510.05568](https://arxiv.org/abs/2510.05568)). The second is likewise, of
+    the conditions without noise at their own points, times `misfit_weight`. It is
+    negligible unless the prior is so stiff that the nugget outweighs the conditions:
+    then the first can be small for a function that ignores its boundary values. See
+    [the method](../method.md#the-outer-problem).
     """
 
     points: Float[Array, "n d"]
     target: PyTree | None
+    misfit_weight: float = eqx.field(static=True)
     condition: str | None = eqx.field(static=True)
     batch_size: int | None = eqx.field(static=True)
 
@@ -114,9 +120,16 @@ class ValidationResidual(AbstractObjective):
         *,
         target: PyTree | None = None,
         batch_size: int | None = None,
+        misfit_weight: float | int = 1e4,
     ):
+        if not 0 <= misfit_weight < np.inf:
+            raise ValueError(
+                f"`misfit_weight` must be a finite non-negative number, got "
+                f"{misfit_weight}."
+            )
         self.points = as_points(points)
         self.target = as_target(target)
+        self.misfit_weight = float(misfit_weight)
         self.condition = condition
         n = len(self.points)
         if batch_size is not None and not 1 <= batch_size <= n:
@@ -135,7 +148,10 @@ class ValidationResidual(AbstractObjective):
             leaf.reshape(len(self.points), -1) for leaf in jax.tree.leaves(values)
         ]
         wanted = target_array(unwrap(target), found, self.points, "the validation")
-        return (jnp.concatenate(leaves, axis=1) - wanted).reshape(-1)
+        out = (jnp.concatenate(leaves, axis=1) - wanted).reshape(-1)
+        if self.misfit_weight == 0:
+            return out
+        return jnp.concatenate([out, self.misfit_weight**0.5 * solution._misfits()])
 
     def readings(self, conditions: Sequence[Condition]):
         return [(self._find(conditions).operator, self.points)]
@@ -149,8 +165,13 @@ class ValidationResidual(AbstractObjective):
         if not callable(target):
             part = lambda t: t[chosen] if jnp.ndim(t) > 0 else t
             target = jax.tree.map(part, target)
-        part = ValidationResidual(self.points[chosen], self.condition, target=target)
-        return part * (n / self.batch_size)
+        share = self.batch_size / n
+        weight = self.misfit_weight * share
+        points = self.points[chosen]
+        part = ValidationResidual(
+            points, self.condition, target=target, misfit_weight=weight
+        )
+        return part * (1 / share)
 
     @property
     def batched(self) -> bool:
@@ -224,9 +245,11 @@ The remaining arguments are keyword-only.
     number or a function.
 - `batch_size`: How many of the points, drawn anew for each step, a stochastic optimiser
     sees at a time. Default: all of them.
+- `misfit_weight`: The weight of what is left of the conditions at their own points.
+    Zero for the paper's objective.
 
 **Raises:**
 
-A `ValueError` if the batch size is not possible; and when it is evaluated, if there is
+A `ValueError` if the batch size or the weight is not possible; and when it is evaluated, if there is
 no such condition or if its target is not known at these points.
 """

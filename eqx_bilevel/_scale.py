@@ -1,7 +1,7 @@
 """The search for a common factor of all lengthscales, before any local method."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -31,8 +31,8 @@ def correlation_length(kernel: AbstractKernel, points: Array) -> Float[Array, ""
     return jnp.sqrt(dim * value / sum(slopes[1:], slopes[0]))
 
 
-def rescaled(prior: Any, factor: Float[Array, ""]) -> Any:
-    # The prior with all lengthscales multiplied by the same factor.
+def rescaled(prior: Any, factor: Float[Array, " d"]) -> Any:
+    # The prior with all lengthscales multiplied by one factor for each dimension.
     scale = lambda p: eqx.tree_at(lambda p: p.kernel, p, rescale(p.kernel, factor))
     is_prior = lambda x: isinstance(x, GaussianProcess)
     return jax.tree.map(scale, prior, is_leaf=is_prior)
@@ -53,31 +53,77 @@ def _typical_length(prior, points):
     return jnp.exp(jnp.mean(jnp.log(lengths)))
 
 
+class Tried(NamedTuple):
+    lengths: tuple[float, ...]
+    objective: float
+
+
 def search_scale(
     prior: Any,
     conditions: Sequence[Condition],
-    value: Callable[[float, Any], float],
+    value: Callable[[tuple[float, ...], Any], float],
     num: int,
-) -> tuple[Any, list[tuple[float, float]]]:
-    # Returns the rescaled prior with the smallest value, and all (length, value) tried:
-    # first on a coarse grid, then on a finer one around its best point, since valleys
-    # can be narrower than what is between two points of the first.
+) -> tuple[Any, list[Tried]]:
+    # Returns the rescaled prior with the smallest value, and all that was tried.
     points = jnp.concatenate([c.points for c in conditions])
-    typical = _typical_length(prior, points)
-    tried: list[tuple[float, float]] = []
+    dim = points.shape[1]
+    typical = float(_typical_length(prior, points))
+    typical = typical if np.isfinite(typical) else 1.0
+    tried: list[Tried] = []
 
-    def at(length):
-        factor = jnp.asarray(length, points.dtype) / typical
-        return rescaled(prior, jnp.where(jnp.isfinite(factor), factor, 1.0))
+    def at(lengths):
+        return rescaled(prior, jnp.asarray(lengths, points.dtype) / typical)
 
     def attempt(lengths):
-        for length in map(float, lengths):
-            tried.append((length, value(length, at(length))))
-        return min(tried, key=lambda pair: pair[1])
+        lengths = tuple(map(float, lengths))
+        tried.append(Tried(lengths, value(lengths, at(lengths))))
+        return tried[-1].objective
 
+    def best():
+        return min(tried, key=lambda each: each.objective)
+
+    # First a common length, on a coarse grid, then on a finer one around its best
+    # point, since valleys can be narrower than what is between two points of the first.
     coarse = scales(conditions, num)
-    best, least = attempt(coarse)
-    if num > 1 and np.isfinite(least):
+    for length in coarse:
+        attempt(dim * [length])
+    if num > 1 and np.isfinite(best().objective):
         ratio = coarse[1] / coarse[0]
-        best, least = attempt(best * ratio ** np.array([-0.5, -0.25, 0.25, 0.5]))
-    return (at(best) if np.isfinite(least) else prior), tried
+        centre = np.array(best().lengths)
+        for power in (-0.5, -0.25, 0.25, 0.5):
+            attempt(centre * ratio**power)
+    # Then each dimension on its own.
+    if np.isfinite(best().objective) and _anisotropic(prior, dim):
+        for _ in range(_MOST_ROUNDS):
+            before = best()
+            for axis in range(dim):
+                _walk(attempt, best, axis)
+            if best() is before:
+                break
+    found = best()
+    return (at(found.lengths) if np.isfinite(found.objective) else prior), tried
+
+
+_MOST_ROUNDS = 3
+_MOST_DOUBLINGS = 10
+
+
+def _walk(attempt, best, axis: int) -> None:
+    # Doubles or halves one length for as long as it helps.
+    for ratio in (2.0, 0.5):
+        for num in range(_MOST_DOUBLINGS):
+            lengths, least = list(best().lengths), best().objective
+            lengths[axis] *= ratio
+            if not attempt(lengths) < least:
+                break
+        if num > 0:
+            break
+
+
+def _anisotropic(prior: Any, dim: int) -> bool:
+    # Whether the dimensions have lengthscales of their own.
+    if dim == 1:
+        return False
+    uneven = 2.0 ** (np.arange(dim) - (dim - 1) / 2)
+    one, other = (rescaled(prior, jnp.asarray(f)) for f in (np.ones(dim), uneven))
+    return not eqx.tree_equal(one, other, rtol=1e-6)

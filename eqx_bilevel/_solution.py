@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 import wadler_lindig as wl
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
@@ -188,6 +189,15 @@ class Solution(eqx.Module):
     #
     # Private
     #
+
+    def _misfits(self) -> Float[Array, " r"]:
+        # Of the conditions that hold exactly, linearised: target minus operator.
+        noise = noise_variances(self._problem, self.stats["jitter"])
+        exact = [
+            np.full(r.target.size, self.conditions[r.position].noise is None)
+            for r in self._problem.rows
+        ]
+        return (noise * self.weights)[np.concatenate(exact)]
 
     @property
     def _unknowns(self):

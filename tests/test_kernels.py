@@ -677,6 +677,25 @@ def test_rescale_values(getkey):
     np.testing.assert_allclose(new(x, y), Gaussian(3.0)(x, y), rtol=1e-14)
 
 
+def test_rescale_by_dimension():
+    factor = jnp.array([2.0, 8.0])
+    new = rescale(Gaussian([0.1, 0.2]), factor)
+    np.testing.assert_allclose(new.lengthscale.value, [0.2, 1.6])
+    new = rescale(Gaussian(0.1), factor)
+    np.testing.assert_allclose(new.lengthscale.value, 0.4)
+    product = Subspace(Gaussian(0.1), 0) * Subspace(Gaussian([0.1, 0.1]), (1, 0))
+    one, two = rescale(product, factor).kernels
+    np.testing.assert_allclose(one.kernel.lengthscale.value, 0.2)
+    np.testing.assert_allclose(two.kernel.lengthscale.value, [0.8, 0.2])
+    new = rescale(Stretched(Gaussian(1.0), [1.0, 1.0]), factor)
+    np.testing.assert_allclose(new.factor.value, factor)
+    for values, expected in ((lambda x: 1 + x, [2.0, 8.0]), (lambda x: 1 + x[0], 4.0)):
+        new = rescale(rescale(Gibbs(values), factor), jnp.ones(2))
+        np.testing.assert_allclose(new.lengthscale(jnp.zeros(2)), expected)
+    new = rescale(Warped(Gaussian(0.1), lambda x: x[:1]), factor)
+    np.testing.assert_allclose(new.kernel.lengthscale.value, 0.4)
+
+
 def test_rescale_is_differentiable(getkey):
     x, y = points(getkey(), 2, 2)
     kernel = Gaussian(0.5) * Gibbs(Bump())

@@ -167,7 +167,74 @@ def test_sums_of_objectives():
     np.testing.assert_allclose(total(solution), one(solution) + 2.5 * two(solution))
     shifted = jax.vmap(_exact)(ends + 0.1)
     by_hand = 0.5 * jnp.sum((solution(ends + 0.1) - shifted) ** 2)
-    np.testing.assert_allclose(two(solution), by_hand)
+    without = eb.ValidationResidual(ends + 0.1, "ends", misfit_weight=0)
+    np.testing.assert_allclose(without(solution), by_hand)
+    misfits = jnp.concatenate([v.ravel() for v in solution.residuals().values()])
+    weighed = 0.5 * two.misfit_weight * jnp.sum(misfits**2)
+    np.testing.assert_allclose(two(solution) - by_hand, weighed, rtol=1e-4)
+
+
+def _slope(u, x):
+    return u.d(0)
+
+
+def test_objective_sees_ignored_conditions():
+    # u' = 0 with u = 1 at the ends. A kernel of linear functions through zero has
+    # nothing like it, and fits u = 0 if the nugget is not tiny.
+    conditions = [
+        eb.Condition(_slope, interior, nugget=1e-6, name="slope"),
+        eb.Condition(_value, ends, 1.0, name="ends"),
+    ]
+    linear = eb.GaussianProcess(eb.Polynomial(1, 1.0, eb.Frozen(0.0)))
+    smooth = eb.GaussianProcess(eb.Gaussian(2.0))
+    ignoring, heeding = (eb.solve(p, conditions) for p in (linear, smooth))
+    assert jnp.max(jnp.abs(ignoring(ends) - 1)) > 0.5
+    assert jnp.max(jnp.abs(heeding(ends) - 1)) < 1e-3
+    published = eb.ValidationResidual(validation, misfit_weight=0)
+    assert published(ignoring) < 10
+    assert eb.ValidationResidual(validation)(ignoring) > 1e3
+    assert eb.ValidationResidual(validation)(heeding) < 1
+    # Data with noise are not meant to be met.
+    noisy = [conditions[0], eb.Condition(_value, ends, 1.0, noise=0.1, name="ends")]
+    solution = eb.solve(linear, noisy)
+    slope = 0.5e4 * jnp.sum(solution.residuals()["slope"] ** 2)
+    with_misfit = eb.ValidationResidual(validation)(solution)
+    np.testing.assert_allclose(with_misfit - published(solution), slope, rtol=1e-6)
+
+
+def _wave(x):
+    return jnp.sin(8 * x[1]) * jnp.exp(x[0] / 4)
+
+
+def test_scale_search_of_each_dimension():
+    square = eb.Box([0.0, 0.0], [1.0, 1.0])
+    keys = jax.random.split(jax.random.key(0), 3)
+    conditions = [
+        eb.Condition(_laplacian, square.interior(60, key=keys[0]), _laplacian_of_wave),
+        eb.Condition(_value, square.boundary(40, key=keys[1]), _wave),
+    ]
+    objective = eb.ValidationResidual(square.interior(60, key=keys[2]))
+
+    def searched(lengthscale):
+        prior = eb.GaussianProcess(eb.Gaussian(lengthscale))
+        learned = eb.learn(prior, conditions, objective, steps=1, throw=False)
+        return learned.scale_search
+
+    even, uneven = searched(0.5), searched([0.5, 0.5])
+    assert len(even) == 12
+    assert all(tried.lengths[0] == tried.lengths[1] for tried in even)
+    assert uneven[:12] == even
+    best = min(uneven, key=lambda tried: tried.objective)
+    assert best.lengths[0] >= 2 * best.lengths[1]
+    assert best.objective < 0.5 * min(tried.objective for tried in even)
+
+
+def _laplacian(u, x):
+    return u.laplacian
+
+
+def _laplacian_of_wave(x):
+    return (1 / 16 - 64) * _wave(x)
 
 
 class Fragile(eb.AbstractKernel):
@@ -187,7 +254,7 @@ def test_steps_that_are_not_finite_are_taken_back(optimiser):
     learned = eb.learn(
         prior,
         _conditions(),
-        eb.ValidationResidual(validation),
+        eb.ValidationResidual(validation, misfit_weight=0),
         optimiser,
         steps=30,
         scale_search=False,
@@ -215,7 +282,8 @@ def test_scale_search(start):
     learned = eb.learn(
         _prior(start), _conditions(), eb.ValidationResidual(validation), steps=15
     )
-    lengths, values = np.array(learned.scale_search).T
+    lengths = np.array([tried.lengths[0] for tried in learned.scale_search])
+    values = np.array([tried.objective for tried in learned.scale_search])
     # From the distance of the points to the size of the domain.
     np.testing.assert_allclose(lengths[[0, 7]], [2.0 / 14, 2.0], rtol=1e-6)
     assert np.min(values) >= learned.objective
@@ -339,7 +407,7 @@ def test_progress(capsys):
     eb.learn(_prior(), _conditions(), objective, verbose=rows.append, **arguments)
     assert [row["step"] for row in rows] == [0] * 6 + [1, 2]
     assert rows[5]["best"] == min(row["objective"] for row in rows[:6])
-    assert rows[0].keys() == rows[-1].keys() | {"lengthscale"}
+    assert rows[0].keys() == rows[-1].keys() | {"lengths"}
     eb.learn(_prior(), _conditions(), objective, verbose=True, **arguments)
     lines = capsys.readouterr().out.splitlines()
     expected = ["Compiling", *["scale"] * 6, "Compiling", *["step"] * 2]

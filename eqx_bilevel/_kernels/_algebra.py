@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, ScalarLike
+from jaxtyping import Array, ArrayLike, Float
 
 from .._parameters import AbstractParameter, Frozen, value_of
 from ._base import AbstractKernel, as_kernel, rescale, smoothness
@@ -166,21 +166,27 @@ def _(kernel: Scaled | Subspace | Stretched) -> int | float:
 
 @rescale.register(Sum)
 @rescale.register(Product)
-def _(kernel: Sum | Product, factor: ScalarLike) -> Sum | Product:
+def _(kernel: Sum | Product, factor: ArrayLike) -> Sum | Product:
     return type(kernel)(tuple(rescale(k, factor) for k in kernel.kernels))
 
 
 # Not by `__init__`, which would wrap an already unwrapped variance.
 @rescale.register(Scaled)
+def _(kernel: Scaled, factor: ArrayLike) -> Scaled:
+    return replace(kernel, "kernel", rescale(kernel.kernel, factor))
+
+
 @rescale.register(Subspace)
-def _(kernel: Scaled | Subspace, factor: ScalarLike) -> Scaled | Subspace:
+def _(kernel: Subspace, factor: ArrayLike) -> Subspace:
+    if jnp.ndim(factor) == 1:
+        factor = jnp.asarray(factor)[jnp.array(kernel.dims)]
     return replace(kernel, "kernel", rescale(kernel.kernel, factor))
 
 
 # The kernel inside may be one for which only this wrapper can be rescaled, so that
 # rescaling it would add a wrapper each time.
 @rescale.register(Stretched)
-def _(kernel: Stretched, factor: ScalarLike) -> Stretched:
+def _(kernel: Stretched, factor: ArrayLike) -> Stretched:
     if isinstance(kernel.factor, Frozen):
         return replace(kernel, "kernel", rescale(kernel.kernel, factor))
     return replace(kernel, "factor", multiply_parameter(kernel.factor, factor))

@@ -5,10 +5,10 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree, ScalarLike
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .._parameters import AbstractParameter, value_of
-from ._fields import multiply_parameter, per_dimension, replace
+from ._fields import common_factor, multiply_parameter, per_dimension, replace
 
 
 _Kernel = TypeVar("_Kernel")
@@ -179,8 +179,9 @@ def _(kernel: AbstractParameter) -> int | float:
 
 
 @ft.singledispatch
-def rescale(kernel: Any, factor: ScalarLike) -> Any:
-    """Multiplies all lengthscales of a kernel by a common factor.
+def rescale(kernel: Any, factor: ArrayLike) -> Any:
+    """Multiplies all lengthscales of a kernel by a common factor, or by one for each
+    dimension.
 
     Parameters keep their wrappers: one in [`eqx_bilevel.Bounded`][] stays inside its
     bounds, and whatever is [`eqx_bilevel.Frozen`][] is left as it is. Kernels that have
@@ -192,7 +193,9 @@ def rescale(kernel: Any, factor: ScalarLike) -> Any:
     **Arguments:**
 
     - `kernel`: a kernel.
-    - `factor`: a positive number. It may be traced.
+    - `factor`: a positive number, or an array with one for each dimension. Of these,
+        lengthscales that serve for several dimensions get the geometric mean. It may be
+        traced.
 
     **Returns:**
 
@@ -200,22 +203,22 @@ def rescale(kernel: Any, factor: ScalarLike) -> Any:
     """
     from ._algebra import Stretched  # It imports this file; see `AbstractKernel`.
 
-    return Stretched(kernel, jnp.asarray(factor))
+    return Stretched(kernel, common_factor(factor))
 
 
 @rescale.register(AbstractParameter)
-def _(kernel: AbstractParameter, factor: ScalarLike) -> AbstractParameter:
+def _(kernel: AbstractParameter, factor: ArrayLike) -> AbstractParameter:
     # Only `Frozen` can hold a whole kernel.
     del factor
     return kernel
 
 
 @rescale.register(AbstractRadialKernel)
-def _(kernel: AbstractRadialKernel, factor: ScalarLike) -> AbstractRadialKernel:
+def _(kernel: AbstractRadialKernel, factor: ArrayLike) -> AbstractRadialKernel:
     return rescale_lengthscale(kernel, factor)
 
 
-def rescale_lengthscale(kernel: Any, factor: ScalarLike) -> Any:
+def rescale_lengthscale(kernel: Any, factor: ArrayLike) -> Any:
     new = multiply_parameter(kernel.lengthscale, factor)
     return replace(kernel, "lengthscale", new)
 

@@ -3,7 +3,7 @@ import operator
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, ScalarLike
+from jaxtyping import Array, ArrayLike, Float
 
 from .._parameters import AbstractParameter, value_of
 from ._base import AbstractKernel, rescale, rescale_lengthscale
@@ -51,7 +51,7 @@ Periodic.__init__.__doc__ = r"""**Arguments:**
 
 
 @rescale.register(Periodic)
-def _(kernel: Periodic, factor: ScalarLike) -> Periodic:
+def _(kernel: Periodic, factor: ArrayLike) -> Periodic:
     return rescale_lengthscale(kernel, factor)
 
 
@@ -124,6 +124,6 @@ Constant.__init__.__doc__ = """**Arguments:**
 
 @rescale.register(Polynomial)
 @rescale.register(Constant)
-def _(kernel: Polynomial | Constant, factor: ScalarLike) -> Polynomial | Constant:
+def _(kernel: Polynomial | Constant, factor: ArrayLike) -> Polynomial | Constant:
     del factor  # They have no lengthscale.
     return kernel

@@ -2,8 +2,9 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree, ScalarLike
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .._parameters import AbstractParameter, unwrap, value_of
 from ._base import (
@@ -13,7 +14,7 @@ from ._base import (
     rescale,
     smoothness,
 )
-from ._fields import multiply_parameter, positive_field, replace
+from ._fields import common_factor, multiply_parameter, positive_field, replace
 
 
 def _lengthscale_function(lengthscale: Any) -> Any:
@@ -125,15 +126,16 @@ def _(kernel: Warped) -> int | float:
 
 
 @rescale.register(Warped)
-def _(kernel: Warped, factor: ScalarLike) -> Warped:
-    return Warped(rescale(kernel.kernel, factor), kernel.warp)
+def _(kernel: Warped, factor: ArrayLike) -> Warped:
+    # The dimensions of the warped points are others.
+    return Warped(rescale(kernel.kernel, common_factor(factor)), kernel.warp)
 
 
 # The factor is learned along with the function's own parameters. Were it frozen,
 # gradients with respect to the factor given to `rescale` would silently be zero.
 class _Rescaled(eqx.Module):
     fn: Callable[[Array], Array]
-    factor: AbstractParameter = eqx.field(converter=positive_field("factor", 0))
+    factor: AbstractParameter = eqx.field(converter=positive_field("factor", 1))
 
     def __call__(self, x: Float[Array, " d"]) -> Float[Array, "..."]:
         length = jnp.asarray(unwrap(self.fn)(x))
@@ -141,12 +143,15 @@ class _Rescaled(eqx.Module):
 
 
 @rescale.register(Gibbs)
-def _(kernel: Gibbs, factor: ScalarLike) -> Gibbs:
+def _(kernel: Gibbs, factor: ArrayLike) -> Gibbs:
     fn = kernel.lengthscale
     if isinstance(fn, AbstractParameter):
         return kernel  # Frozen.
     if isinstance(fn, _Rescaled):
         new = replace(fn, "factor", multiply_parameter(fn.factor, factor))
     else:
-        new = _Rescaled(fn, jnp.asarray(factor))
+        factor = jnp.asarray(factor)
+        if factor.ndim == 1 and jax.eval_shape(unwrap(fn), factor).ndim == 0:
+            factor = common_factor(factor)
+        new = _Rescaled(fn, factor)
     return Gibbs(new)

@@ -5,7 +5,7 @@ import equinox as eqx
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, ScalarLike
+from jaxtyping import Array, ArrayLike
 
 from .._parameters import AbstractParameter, Frozen, positive, value_of, with_value
 
@@ -22,14 +22,20 @@ def replace(kernel: Any, name: str, new: Any) -> Any:
     )
 
 
-def multiply_parameter(parameter: Any, factor: ScalarLike) -> Any:
+# If there is one factor for each dimension, but not one value: their geometric mean.
+def multiply_parameter(parameter: Any, factor: ArrayLike) -> Any:
     if isinstance(parameter, Frozen):
         return parameter
     value = jnp.asarray(value_of(parameter))
-    value = value * jnp.asarray(factor, value.dtype)
+    factor = jnp.asarray(factor, value.dtype)
+    value = value * (common_factor(factor) if value.ndim == 0 else factor)
     if isinstance(parameter, AbstractParameter):
         return with_value(parameter, value)
     return value
+
+
+def common_factor(factor: ArrayLike) -> Array:
+    return jnp.exp(jnp.mean(jnp.log(jnp.asarray(factor))))
 
 
 # The converter of a field that is a positive number, or one per dimension. Plain
