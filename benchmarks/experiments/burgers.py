@@ -35,14 +35,17 @@ def stated(key, n):
     return conditions, eb.ValidationResidual(space_time.interior(n, key=keys[2]))
 
 
+def kernel(key):
+    return eb.Gibbs(eb.LengthscaleNetwork(2, 2, scale=0.25, key=key))
+
+
 def run(key, n=900):
     key, network_key = jax.random.split(key)
-    network = eb.LengthscaleNetwork(2, 2, scale=0.25, key=network_key)
     return coarse_to_fine(
-        eb.GaussianProcess(eb.Gibbs(network)),
+        eb.GaussianProcess(kernel(network_key)),
         lambda n: stated(key, n),
         sizes=(n // 3, n),
-        steps=(200, 60),
+        steps=(300, 100),
     )
 
 

@@ -26,9 +26,11 @@ class Published(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Where learning began and ended."""
+    """A solution with the kernel as it was before learning, one with the learned kernel,
+    and how that was learned."""
 
-    untrained: Callable[[], Any]  # a solution
+    untrained: Callable[[], Any]
+    solution: Any
     learned: eb.Learned
 
 
@@ -46,7 +48,7 @@ def tensor_grid(*axes):
 
     def on_grid(solution):
         found = solution(points.reshape(-1, len(axes)))
-        return jax.tree.map(lambda v: np.reshape(v, points.shape[:-1]), found)
+        return jax.tree.map(lambda v: v.reshape(points.shape[:-1]), found)
 
     return on_grid
 
@@ -55,7 +57,7 @@ def learned_from(prior, conditions, objective, **options) -> Run:
     """Learns, with the defaults."""
     untrained = lambda: eb.solve(prior, conditions, throw=False)
     learned = eb.learn(prior, conditions, objective, throw=False, **options)
-    return Run(untrained, learned)
+    return Run(untrained, learned.solution, learned)
 
 
 def coarse_to_fine(
@@ -75,4 +77,4 @@ def coarse_to_fine(
         options = dict(options, steps=most, scale_search=i == 0, throw=False)
         learned = eb.learn(stage, *stated(n), **options)
         stage = learned.prior
-    return Run(untrained, learned)
+    return Run(untrained, learned.solution, learned)

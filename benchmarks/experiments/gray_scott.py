@@ -47,7 +47,7 @@ def stated(key, n, start):
     return conditions, eb.ValidationResidual(space_time.interior(n, key=keys[3]))
 
 
-def run(key, n=600):
+def run(key, n=600, start=start):
     prior = {name: eb.GaussianProcess(eb.Gaussian([0.7, 0.7])) for name in "uv"}
     return learned_from(prior, *stated(key, n, start))
 

@@ -13,11 +13,13 @@ import datetime
 import importlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import sys
 import time
 
+import equinox as eqx
 import eqx_bilevel as eb
 import jax
 import numpy as np
@@ -30,6 +32,7 @@ names = (
     "schroedinger",
     "gray_scott",
     "gray_scott_reuse",
+    "gray_scott_anew",
     "eikonal",
     "burgers",
     "burgers_reuse",
@@ -60,25 +63,34 @@ def errors(pairs):
     return rows
 
 
-def converged(solution) -> bool:
-    return bool(np.all(solution.result == eb.RESULTS.successful))
+def converged(solutions) -> bool:
+    is_solution = lambda x: isinstance(x, eb.Solution)
+    each = jax.tree.leaves(solutions, is_leaf=is_solution)
+    return all(np.all(one.result == eb.RESULTS.successful) for one in each)
+
+
+def nugget(solutions) -> float:
+    is_solution = lambda x: isinstance(x, eb.Solution)
+    each = jax.tree.leaves(solutions, is_leaf=is_solution)
+    return float(max(np.max(one.stats["jitter"]) for one in each))
 
 
 def run(name, seed, **size):
     module = importlib.import_module(name)
     began = time.perf_counter()
     found = module.run(jax.random.key(seed), **size)
-    learned = found.learned
+    solution, learned = found.solution, found.learned
+    jax.block_until_ready(eqx.filter(solution, eqx.is_array))
     seconds = time.perf_counter() - began
     return dict(
         experiment=name,
         seed=seed,
-        learned=errors(module.compare(learned.solution)),
+        learned=errors(module.compare(solution)),
         untrained=errors(module.compare(found.untrained())),
-        converged=converged(learned.solution),
-        objective=float(np.max(learned.objective)),
+        converged=converged(solution),
+        objective=float(learned.objective),
         steps=len(learned.history["objective"]),
-        nugget=float(np.max(learned.solution.stats["jitter"])),
+        nugget=nugget(solution),
         seconds=round(seconds, 1),
     )
 
@@ -91,7 +103,8 @@ def environment():
         date=str(datetime.date.today()),
         python=platform.python_version(),
         versions={name: importlib.metadata.version(name) for name in packages},
-        hardware=f"{len(lines)} cores, {lines[0].split(':')[1].strip()}",
+        hardware=lines[0].split(":")[1].strip(),
+        cores=len(os.sched_getaffinity(0)),
     )
 
 
