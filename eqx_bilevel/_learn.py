@@ -129,7 +129,8 @@ def learn(
     - `scale_search`: Whether to first try a few common factors of all lengthscales; or
         how many. They are spread between the distance of the points and the size of the
         domain, and four more are tried around the best of them. If dimensions have
-        lengthscales of their own, then these are doubled or halved while that helps.
+        lengthscales of their own, then these are doubled or halved while that helps,
+        alone and against each other.
     - `solver`: The inner solver.
     - `max_inner_steps`: The largest number of Gauss-Newton steps for each outer step.
         With `gradient="frozen"` and `max_inner_steps=1`, each outer step costs one

@@ -250,6 +250,6 @@ The remaining arguments are keyword-only.
 
 **Raises:**
 
-A `ValueError` if the batch size or the weight is not possible; and when it is evaluated, if there is
-no such condition or if its target is not known at these points.
+A `ValueError` if the batch size or the weight is not possible; and when it is
+evaluated, if there is no such condition or if its target is not known at these points.
 """

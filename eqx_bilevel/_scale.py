@@ -75,6 +75,9 @@ def search_scale(
         return rescaled(prior, jnp.asarray(lengths, points.dtype) / typical)
 
     def attempt(lengths):
+        for each in tried:
+            if np.allclose(each.lengths, lengths):
+                return each.objective
         lengths = tuple(map(float, lengths))
         tried.append(Tried(lengths, value(lengths, at(lengths))))
         return tried[-1].objective
@@ -92,12 +95,12 @@ def search_scale(
         centre = np.array(best().lengths)
         for power in (-0.5, -0.25, 0.25, 0.5):
             attempt(centre * ratio**power)
-    # Then each dimension on its own.
+    # Then each dimension on its own, and in exchange for the others.
     if np.isfinite(best().objective) and _anisotropic(prior, dim):
         for _ in range(_MOST_ROUNDS):
             before = best()
-            for axis in range(dim):
-                _walk(attempt, best, axis)
+            for direction in _directions(dim):
+                _walk(attempt, best, direction)
             if best() is before:
                 break
     found = best()
@@ -108,13 +111,20 @@ _MOST_ROUNDS = 3
 _MOST_DOUBLINGS = 10
 
 
-def _walk(attempt, best, axis: int) -> None:
-    # Doubles or halves one length for as long as it helps.
+def _directions(dim: int) -> list[np.ndarray]:
+    # Valleys are often along one dimension, and the best common length beside them.
+    single = np.eye(dim)
+    exchange = single - 1 / dim
+    # In two dimensions both exchanges are the same, in opposite directions.
+    return [*single, *(exchange[:1] if dim == 2 else exchange)]
+
+
+def _walk(attempt, best, direction: np.ndarray) -> None:
+    # Doubles or halves lengths for as long as it helps.
     for ratio in (2.0, 0.5):
         for num in range(_MOST_DOUBLINGS):
-            lengths, least = list(best().lengths), best().objective
-            lengths[axis] *= ratio
-            if not attempt(lengths) < least:
+            lengths, least = np.array(best().lengths), best().objective
+            if not attempt(lengths * ratio**direction) < least:
                 break
         if num > 0:
             break

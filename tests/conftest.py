@@ -1,7 +1,7 @@
 import os
 
 
-# A run can be repeated. To test other random numbers, set this to another number.
+# The same random numbers in each run. For others set this to another number.
 os.environ.setdefault("EQX_GETKEY_SEED", "0")
 # The tests run in as many processes as there are cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -7,12 +7,10 @@
 Each is a few lines: an operator, an exact solution, and what holds on the boundary. The
 source and boundary data follow from the exact solution. Coordinates are (x, ...), or
 (t, x, ...) if there is a time. The kernel is Gaussian with a lengthscale for each
-dimension, all one half at the start.
+dimension, all one at the start.
 """
 
 import argparse
-import json
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,12 +18,10 @@ from typing import Any, NamedTuple
 import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
-import numpy as np
 from common import value
-from run import environment, errors
+from run import environment, errors, write
 
 
-results = pathlib.Path(__file__).parents[1] / "results" / "breadth.json"
 pi = jnp.pi
 
 
@@ -80,7 +76,7 @@ equations = dict(
     oscillator=Equation(
         "ordinary, second order, nonlinear; initial values",
         lambda u, x: u.d(0, 0) + jnp.sin(u.value),
-        lambda x: jnp.sin(5 * x[0]),
+        lambda x: jnp.sin(8 * x[0]) + x[0],
         1,
         ((early, value), (early, slope(0))),
     ),
@@ -94,46 +90,46 @@ equations = dict(
     beam=Equation(
         "fourth order, one dimension",
         lambda u, x: u.d(0, 0, 0, 0) + u.value**3,
-        lambda x: jnp.sin(2 * pi * x[0]),
+        lambda x: jnp.sin(3 * pi * x[0]),
         1,
         ((None, value), (None, slope(0))),
     ),
     poisson=Equation(
         "elliptic, linear; Dirichlet",
         lambda u, x: -u.laplacian,
-        lambda x: jnp.sin(pi * x[0]) * jnp.exp(x[1]),
+        lambda x: jnp.sin(2 * pi * x[0]) * jnp.sin(3 * pi * x[1]),
         2,
     ),
     mixed=Equation(
         "elliptic, mixed derivative, variable coefficient",
         lambda u, x: -u.d(0, 0) - u.d(1, 1) - x[0] * u.d(0, 1) + u.value**3,
-        lambda x: jnp.sin(3 * x[0] + 2 * x[1]),
+        lambda x: jnp.sin(6 * x[0] + 4 * x[1]),
         2,
     ),
     neumann=Equation(
         "elliptic, nonlinear; Neumann and Dirichlet",
         lambda u, x: -u.laplacian + u.value**3,
-        lambda x: jnp.cos(2 * x[0]) * jnp.sin(3 * x[1]),
+        lambda x: jnp.cos(5 * x[0]) * jnp.sin(6 * x[1]),
         2,
         ((faces(0), slope(0)), (faces(1), value)),
     ),
     robin=Equation(
         "elliptic, nonlinear; Robin and Dirichlet",
         lambda u, x: -u.laplacian + jnp.exp(u.value),
-        lambda x: jnp.sin(2 * x[0]) * jnp.cos(3 * x[1]),
+        lambda x: jnp.sin(4 * x[0]) * jnp.cos(6 * x[1]),
         2,
         ((faces(0, end="upper"), robin), (faces(0, end="lower") + faces(1), value)),
     ),
     biharmonic=Equation(
         "fourth order, two dimensions",
         lambda u, x: u.d(0, 0, 0, 0) + 2 * u.d(0, 0, 1, 1) + u.d(1, 1, 1, 1),
-        lambda x: jnp.sin(2 * x[0]) * jnp.sin(3 * x[1]),
+        lambda x: jnp.sin(4 * x[0]) * jnp.sin(5 * x[1]),
         2,
         ((None, value), (faces(0), slope(0)), (faces(1), slope(1))),
     ),
     monge_ampere=Equation(
         "fully nonlinear",
-        lambda u, x: determinant(u, x) - u.laplacian,
+        lambda u, x: determinant(u, x) + u.laplacian,
         lambda x: jnp.exp((x[0] ** 2 + x[1] ** 2) / 2),
         2,
     ),
@@ -173,7 +169,7 @@ equations = dict(
     klein_gordon=Equation(
         "hyperbolic, second order, nonlinear",
         lambda u, x: u.d(0, 0) - u.d(1, 1) + u.value**3,
-        lambda x: jnp.sin(3 * x[1]) * jnp.cos(2 * x[0]),
+        lambda x: jnp.sin(7 * x[1]) * jnp.cos(6 * x[0]),
         2,
         ((early + faces(1), value), (early, slope(0))),
     ),
@@ -198,13 +194,13 @@ equations = dict(
     poisson_3d=Equation(
         "elliptic, nonlinear, three dimensions",
         lambda u, x: -u.laplacian + u.value**3,
-        lambda x: jnp.sin(2 * x[0]) * jnp.cos(x[1] + x[2]),
+        lambda x: jnp.sin(4 * x[0]) * jnp.cos(2 * x[1] + 3 * x[2]),
         3,
     ),
     heat_4d=Equation(
         "parabolic, time and three dimensions",
         lambda u, x: u.d(0) - 0.1 * (u.d(1, 1) + u.d(2, 2) + u.d(3, 3)),
-        lambda x: jnp.exp(-0.3 * x[0]) * jnp.sin(x[1] + x[2] + x[3]),
+        lambda x: jnp.exp(-1.2 * x[0]) * jnp.sin(2 * (x[1] + x[2] + x[3])),
         4,
         ((early + faces(1, 2, 3), value),),
     ),
@@ -245,9 +241,9 @@ class Exact:
 
 def kernel(equation):
     if not equation.periodic:
-        return eb.Gaussian(jnp.full(equation.dim, 0.5))
+        return eb.Gaussian(jnp.ones(equation.dim))
     factors = [
-        eb.Periodic(1.0, eb.Frozen(1.0)) if i in equation.periodic else eb.Gaussian(0.5)
+        eb.Periodic(1.0, eb.Frozen(1.0)) if i in equation.periodic else eb.Gaussian(1.0)
         for i in range(equation.dim)
     ]
     one, *others = [eb.Subspace(factor, i) for i, factor in enumerate(factors)]
@@ -325,5 +321,4 @@ if __name__ == "__main__":
     rows = [run(name) for name in arguments.names or equations]
     print(table(rows))
     if arguments.keep:
-        kept = dict(**environment(), runs=rows)
-        results.write_text(json.dumps(kept, indent=1) + "\n")
+        write("breadth", dict(**environment(), runs=rows), table(rows))

@@ -28,9 +28,10 @@ def start(x):
 def stated(key, n):
     keys = jax.random.split(key, 3)
     faces = [(0, "lower"), (1, "lower"), (1, "upper")]
+    sides = space_time.boundary(n // 3, faces=faces, key=keys[1])
     conditions = [
         eb.Condition(burgers, space_time.interior(n, key=keys[0])),
-        eb.Condition(value, space_time.boundary(n // 3, faces=faces, key=keys[1]), start),
+        eb.Condition(value, sides, start),
     ]
     return conditions, eb.ValidationResidual(space_time.interior(n, key=keys[2]))
 
@@ -39,13 +40,13 @@ def kernel(key):
     return eb.Gibbs(eb.LengthscaleNetwork(2, 2, scale=0.25, key=key))
 
 
-def run(key, n=900):
+def run(key, n=900, steps=(300, 100)):
     key, network_key = jax.random.split(key)
     return coarse_to_fine(
         eb.GaussianProcess(kernel(network_key)),
         lambda n: stated(key, n),
         sizes=(n // 3, n),
-        steps=(300, 100),
+        steps=steps,
     )
 
 

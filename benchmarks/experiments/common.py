@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 jax.config.update("jax_enable_x64", True)
@@ -26,8 +25,8 @@ class Published(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A solution with the kernel as it was before learning, one with the learned kernel,
-    and how that was learned."""
+    """Solutions with the kernel as it was before learning and with the learned one, and
+    how that was learned."""
 
     untrained: Callable[[], Any]
     solution: Any

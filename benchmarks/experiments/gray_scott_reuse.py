@@ -62,7 +62,8 @@ def run(key, n=600):
     learned = gray_scott.run(key, n).learned
     one = eb.GaussianProcess(eb.Gaussian([0.7, 0.7]))
     everything = lambda prior: solve_all(prior, learned.conditions, starts)
-    return Run(lambda: everything({"u": one, "v": one}), everything(learned.prior), learned)
+    untrained = lambda: everything({"u": one, "v": one})
+    return Run(untrained, everything(learned.prior), learned)
 
 
 def compare(solutions):

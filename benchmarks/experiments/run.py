@@ -36,13 +36,10 @@ names = (
     "eikonal",
     "burgers",
     "burgers_reuse",
-    "burgers_small",
-    "burgers_front",
     "deep_burgers",
     "deep_eikonal",
-    "allen_cahn",
 )
-results = pathlib.Path(__file__).parents[1] / "results" / "experiments.json"
+results = pathlib.Path(__file__).parents[1] / "results"
 
 
 #
@@ -108,8 +105,19 @@ def environment():
     )
 
 
+def write(name, kept, table):
+    """Results as JSON, and the table that the documentation shows."""
+    (results / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    (results / f"{name}.md").write_text(table + "\n")
+
+
+def read(name):
+    path = results / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def keep(rows):
-    kept = json.loads(results.read_text()) if results.exists() else {}
+    kept = read("experiments")
     for name in dict.fromkeys(row["experiment"] for row in rows):
         kept[name] = dict(
             **environment(),
@@ -117,7 +125,7 @@ def keep(rows):
             runs=[row for row in rows if row["experiment"] == name],
         )
     ordered = {name: kept[name] for name in names if name in kept}
-    results.write_text(json.dumps(ordered, indent=1) + "\n")
+    write("experiments", ordered, table(ordered))
 
 
 #
@@ -177,14 +185,13 @@ if __name__ == "__main__":
     parser.add_argument("--table", action="store_true", help="of the results kept")
     arguments = parser.parse_args()
     if arguments.table:
-        print(table(json.loads(results.read_text())))
+        print(table(read("experiments")))
     else:
         for name in arguments.names or names:
             rows = []
             for seed in range(arguments.seeds):
                 rows.append(run(name, seed))
                 print(json.dumps(rows[-1]), flush=True)
-            entry = {name: dict(runs=rows)}
-            print(table(entry), file=sys.stderr, flush=True)
-            if arguments.keep:
-                keep(rows)
+                if arguments.keep:  # Each time: these take long.
+                    keep(rows)
+            print(table({name: dict(runs=rows)}), file=sys.stderr, flush=True)

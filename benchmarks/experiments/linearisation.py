@@ -1,0 +1,197 @@
+"""When is the frozen gradient, of the linearised inner problem, good enough?
+
+    python benchmarks/experiments/linearisation.py            # prints a table
+    python benchmarks/experiments/linearisation.py --keep     # writes the results kept
+
+For Burgers' equation over viscosities, the elliptic equation over strengths of its
+nonlinearity, and both over numbers of points: where the frozen gradient has led to and
+at half the lengthscales, how far is it from the exact one? And where does learning end
+with each? The exact one is checked by central differences of converged solves. The
+predictor is the spectral radius of the Gauss-Newton map, which a solution knows.
+"""
+
+import argparse
+import json
+import time
+
+import elliptic
+import equinox as eqx
+import eqx_bilevel as eb
+import jax
+import jax.numpy as jnp
+import numpy as np
+from burgers import space_time, start
+from common import value
+from jax.flatten_util import ravel_pytree
+from references import burgers as reference
+from run import environment, write
+
+
+class Burgers(eqx.Module):
+    viscosity: jax.Array
+
+    def __call__(self, u, x):
+        return u.d(0) + u.value * u.d(1) - self.viscosity * u.d(1, 1)
+
+
+class Elliptic(eqx.Module):
+    strength: jax.Array
+
+    def __call__(self, u, x):
+        return -u.laplacian + self.strength * u.value**3
+
+
+class Source(eqx.Module):
+    strength: jax.Array
+
+    def __call__(self, x):
+        linear = -jnp.trace(jax.hessian(elliptic.exact)(x))
+        return linear + self.strength * elliptic.exact(x) ** 3
+
+
+def burgers_stated(viscosity, n, key):
+    keys = jax.random.split(key, 3)
+    faces = [(0, "lower"), (1, "lower"), (1, "upper")]
+    sides = space_time.boundary(n // 3, faces=faces, key=keys[1])
+    conditions = [
+        eb.Condition(Burgers(viscosity), space_time.interior(n, key=keys[0])),
+        eb.Condition(value, sides, start),
+    ]
+    return conditions, eb.ValidationResidual(space_time.interior(n, key=keys[2]))
+
+
+def elliptic_stated(strength, n, key):
+    keys = jax.random.split(key, 3)
+    inside, square = elliptic.square.interior(n, key=keys[0]), elliptic.square
+    conditions = [
+        eb.Condition(Elliptic(strength), inside, Source(strength)),
+        eb.Condition(value, square.boundary(n // 3, key=keys[1])),
+    ]
+    return conditions, eb.ValidationResidual(square.interior(n, key=keys[2]))
+
+
+def burgers_error(viscosity, solution):
+    t, x = np.linspace(0, 1, 60), np.linspace(-1, 1, 60)
+    points = jnp.stack(jnp.meshgrid(t, x, indexing="ij"), -1).reshape(-1, 2)
+    truth = reference(t, x, float(viscosity)).ravel()
+    return float(np.max(np.abs(solution(points) - truth)))
+
+
+def elliptic_error(strength, solution):
+    found, truth = elliptic.compare(solution)["u"]
+    return float(jnp.max(jnp.abs(found - truth)))
+
+
+problems = dict(
+    burgers=(burgers_stated, burgers_error, (0.1, 0.05, 0.02, 0.01)),
+    elliptic=(elliptic_stated, elliptic_error, (0.1, 1.0, 10.0, 100.0)),
+)
+
+
+@eqx.filter_jit
+def gradient(prior, conditions, objective, adjoint):
+    def loss(prior):
+        solution = eb.solve(prior, conditions, adjoint=adjoint, throw=False)
+        return jnp.log(objective(solution)), solution
+
+    (_, solution), found = eqx.filter_value_and_grad(loss, has_aux=True)(prior)
+    return ravel_pytree(found)[0], solution
+
+
+@eqx.filter_jit
+def difference(prior, conditions, objective, direction, step=1e-4):
+    # Of converged solves.
+    vector, unravel = ravel_pytree(eqx.filter(prior, eqx.is_array))
+    static = eqx.filter(prior, eqx.is_array, inverse=True)
+
+    def loss(vector):
+        moved = eqx.combine(unravel(vector), static)
+        return jnp.log(objective(eb.solve(moved, conditions, throw=False)))
+
+    ahead, behind = loss(vector + step * direction), loss(vector - step * direction)
+    return (ahead - behind) / (2 * step)
+
+
+def compare(prior, conditions, objective):
+    frozen, solution = gradient(prior, conditions, objective, eb.FrozenAdjoint())
+    exact, _ = gradient(prior, conditions, objective, eb.FixedPointAdjoint())
+    length = jnp.linalg.norm(exact)
+    check = difference(prior, conditions, objective, exact / length)
+    cosine = frozen @ exact / (jnp.linalg.norm(frozen) * length)
+    return dict(
+        spectral_radius=float(solution.spectral_radius()),
+        angle=float(jnp.degrees(jnp.arccos(jnp.clip(cosine, -1, 1)))),
+        difference=float(jnp.linalg.norm(frozen - exact) / length),
+        check=float(jnp.abs(check - length) / length),
+        converged=bool(solution.result == eb.RESULTS.successful),
+    )
+
+
+def run(name, regime, n, seed=0):
+    stated, error, _ = problems[name]
+    regime = jnp.array(regime)
+    conditions, objective = stated(regime, n, jax.random.key(seed))
+    prior = eb.GaussianProcess(eb.Scaled(eb.Gaussian([0.3, 0.3]), 1.0))
+    row = dict(problem=name, regime=float(regime), points=n, seed=seed)
+    for kind in ("frozen", "implicit"):
+        began = time.perf_counter()
+        options = dict(gradient=kind, steps=40, throw=False)
+        learned = eb.learn(prior, conditions, objective, **options)
+        row[kind] = dict(
+            objective=float(learned.objective),
+            error=error(regime, learned.solution),
+            steps=len(learned.history["objective"]),
+            seconds=round(time.perf_counter() - began, 2),
+        )
+        if kind == "frozen":
+            near = learned.prior
+    far = eb.GaussianProcess(eb.rescale(near.kernel, 0.5))
+    row["near"] = compare(near, conditions, objective)
+    row["far"] = compare(far, conditions, objective)
+    return row
+
+
+def table(rows):
+    header = (
+        "| problem | regime | points | spectral radius: learned | half "
+        "| angle: learned | half | difference: learned | half "
+        "| error: frozen | implicit |"
+    )
+    lines = [header, "|---" * 11 + "|"]
+    for row in rows:
+        near, far = row["near"], row["far"]
+        cells = (
+            row["problem"],
+            f"{row['regime']:g}",
+            row["points"],
+            f"{near['spectral_radius']:.1e}",
+            f"{far['spectral_radius']:.1e}",
+            f"{near['angle']:.1f}°",
+            f"{far['angle']:.1f}°",
+            f"{near['difference']:.1e}",
+            f"{far['difference']:.1e}",
+            f"{row['frozen']['error']:.1e}",
+            f"{row['implicit']['error']:.1e}",
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def study(sizes=(100, 300)):
+    for name, (_, _, regimes) in problems.items():
+        for n in sizes:
+            for regime in regimes:
+                yield run(name, regime, n)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keep", action="store_true", help="write the results")
+    arguments = parser.parse_args()
+    rows = []
+    for row in study():
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    print(table(rows))
+    if arguments.keep:
+        write("linearisation", dict(**environment(), runs=rows), table(rows))

@@ -1,0 +1,97 @@
+"""The experiments, at sizes that a test can afford, and the results that are kept."""
+
+import importlib
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+
+benchmarks = pathlib.Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(benchmarks / "experiments"))
+
+import breadth  # pyright: ignore[reportMissingImports]
+import linearisation  # pyright: ignore[reportMissingImports]
+import robustness  # pyright: ignore[reportMissingImports]
+import run  # pyright: ignore[reportMissingImports]
+
+
+# The number of points and the largest error that is allowed for each unknown.
+small = dict(
+    elliptic=(dict(n=200), 1e-3),
+    gray_scott_reuse=(dict(n=90), 0.5),
+    burgers=(dict(n=90, steps=(10, 3)), 0.5),
+)
+
+
+@pytest.mark.parametrize("name", small)
+def test_learning_improves(name):
+    size, largest = small[name]
+    row = run.run(name, 0, **size)
+    assert row["converged"]
+    for unknown, learned in row["learned"].items():
+        assert learned["max"] < largest
+        assert learned["rms"] < 0.7 * row["untrained"][unknown]["rms"]
+    module = importlib.import_module(name)
+    *_, first = run.table({name: dict(runs=[row, row])}).splitlines()[:3]
+    assert module.title in first and "2 of 2" in first
+
+
+def test_all_experiments_are_there():
+    for name in run.names:
+        module = importlib.import_module(name)
+        assert module.title
+        assert callable(module.run) and callable(module.compare)
+        assert module.published.errors is not None
+
+
+def test_exact_solutions_in_many_ways():
+    # Derivatives of the exact solutions, by hand.
+    x = np.array([0.3, 0.8])
+    wave = breadth.Exact(lambda x: np.e ** (2 * x[0]) * x[1] ** 3, x)
+    np.testing.assert_allclose(wave.d(0, 1), 6 * np.exp(0.6) * 0.64, rtol=1e-12)
+    laplacian = np.exp(0.6) * (4 * 0.512 + 6 * 0.8)
+    np.testing.assert_allclose(wave.laplacian, laplacian, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name, n", [("beam", 20), ("advection", 60), ("stokes", 50)])
+def test_breadth(name, n):
+    row = breadth.run(name, n=n)
+    assert row["converged"]
+    for unknown, learned in row["learned"].items():
+        assert learned["relative"] < 0.1
+        assert learned["relative"] < 0.9 * row["untrained"][unknown]["relative"]
+    assert row["kind"] in breadth.table([row])
+
+
+def test_linearisation():
+    mild = linearisation.run("burgers", 0.5, 40)
+    strong = linearisation.run("burgers", 0.05, 40)
+    for row in (mild, strong):
+        # The exact gradient is that of converged solves.
+        assert row["far"]["converged"] and row["far"]["check"] < 1e-3
+    assert mild["far"]["difference"] < strong["far"]["difference"]
+    assert mild["far"]["spectral_radius"] < strong["far"]["spectral_radius"]
+    assert len(linearisation.table([mild, strong]).splitlines()) == 4
+
+
+def test_robustness():
+    rows = [
+        robustness.run("elliptic", 60, 0, start, way)
+        for way in robustness.ways()
+        for start in (0.2, 1.0)
+    ]
+    lines = robustness.table(rows).splitlines()
+    wells = [line.split("|")[3].strip() for line in lines[2:]]
+    assert wells[0] != "2 of 2" and wells[-1] == "2 of 2"
+
+
+@pytest.mark.parametrize(
+    "name", ["experiments", "robustness", "linearisation", "breadth"]
+)
+def test_tables_are_those_of_the_results(name):
+    kept = run.read(name)
+    module = run if name == "experiments" else importlib.import_module(name)
+    table = module.table(kept if name == "experiments" else kept["runs"])
+    assert (run.results / f"{name}.md").read_text() == table + "\n"
