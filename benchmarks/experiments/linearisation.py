@@ -6,8 +6,9 @@
 For Burgers' equation over viscosities, the elliptic equation over strengths of its
 nonlinearity, and both over numbers of points: near where learning ends (at nine tenths
 of the lengthscales; at the end itself both vanish) and farther off (at half of them),
-how far is the frozen gradient from the exact one? And where does learning end with each? The exact one is checked by central differences of converged solves. The
-predictor is the spectral radius of the Gauss-Newton map, which a solution knows.
+how far is the frozen gradient from the exact one? Where does learning end with each?
+The exact one is checked by central differences of converged solves. The predictor is
+the spectral radius of the Gauss-Newton map, which a solution knows.
 """
 
 import argparse
