@@ -121,12 +121,16 @@ def _directions(dim: int) -> list[np.ndarray]:
 
 def _walk(attempt, best, direction: np.ndarray) -> None:
     # Doubles or halves lengths for as long as it helps.
+    start = best()
     for ratio in (2.0, 0.5):
-        for num in range(_MOST_DOUBLINGS):
-            lengths, least = np.array(best().lengths), best().objective
-            if not attempt(lengths * ratio**direction) < least:
+        for _ in range(_MOST_DOUBLINGS):
+            here = best()
+            if (
+                not attempt(np.multiply(here.lengths, ratio**direction))
+                < here.objective
+            ):
                 break
-        if num > 0:
+        if best() is not start:
             break
 
 
