@@ -125,10 +125,8 @@ def _walk(attempt, best, direction: np.ndarray) -> None:
     for ratio in (2.0, 0.5):
         for _ in range(_MOST_DOUBLINGS):
             here = best()
-            if (
-                not attempt(np.multiply(here.lengths, ratio**direction))
-                < here.objective
-            ):
+            ahead = np.multiply(here.lengths, ratio**direction)
+            if not attempt(ahead) < here.objective:
                 break
         if best() is not start:
             break
