@@ -33,7 +33,7 @@ class Start(eqx.Module):
     v: jax.Array
 
     def __call__(self, x):
-        modes = jnp.cos(jnp.pi * x[1] * jnp.arange(9))
+        modes = jnp.cos(jnp.pi * x[1] * jnp.arange(9.0))
         return {"u": jnp.sum(self.u * modes), "v": jnp.sum(self.v * modes)}
 
 
