@@ -10,7 +10,6 @@ source and boundary data follow from the exact solution. Coordinates are (x, ...
 dimension, all one at the start.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,8 +17,8 @@ from typing import Any, NamedTuple
 import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
-from common import value
-from run import environment, errors, write
+from common import value, values
+from reporting import errors, study
 
 
 pi = jnp.pi
@@ -32,10 +31,6 @@ class Equation(NamedTuple):
     dim: int
     sides: tuple = ((None, value),)  # faces (all if None), and what is known there
     periodic: tuple[int, ...] = ()  # dimensions
-
-
-def values(u, x):
-    return {name: each.value for name, each in u.items()}
 
 
 def slope(axis):
@@ -61,10 +56,6 @@ def determinant(u, x):
 def stokes(w, x):
     u, v, p = w["u"], w["v"], w["p"]
     return [-u.laplacian + p.d(0), -v.laplacian + p.d(1), u.d(0) + v.d(1)]
-
-
-def velocities_and_pressure(w, x):
-    return [w["u"].value, w["v"].value, w["p"].value]
 
 
 def predator_prey(w, x):
@@ -189,7 +180,7 @@ equations = dict(
             "p": lambda x: jnp.cos(2 * x[0] + x[1]),
         },
         2,
-        ((None, velocities_and_pressure),),
+        ((None, values),),
     ),
     poisson_3d=Equation(
         "elliptic, nonlinear, three dimensions",
@@ -212,31 +203,24 @@ equations = dict(
 #
 
 
+def jet(function, x):
+    """A known function at a point, as an operator sees an unknown one."""
+
+    def derivative(index):
+        partial = function
+        for axis, order in enumerate(index):
+            for _ in range(order):
+                partial = lambda x, f=partial, axis=axis: jax.grad(f)(x)[axis]
+        return partial(x)
+
+    return eb.Jet(derivative, x.size)
+
+
 def applied(operator, exact):
     """The function that an operator makes of the exact solution."""
     if isinstance(exact, dict):
-        return lambda x: operator({k: Exact(f, x) for k, f in exact.items()}, x)
-    return lambda x: operator(Exact(exact, x), x)
-
-
-class Exact:
-    # The derivatives of a known function at a point, by automatic differentiation.
-    def __init__(self, function, x):
-        self.function, self.x = function, x
-
-    @property
-    def value(self):
-        return self.function(self.x)
-
-    def d(self, *axes):
-        function = self.function
-        for axis in axes:
-            function = lambda x, f=function, axis=axis: jax.grad(f)(x)[axis]
-        return function(self.x)
-
-    @property
-    def laplacian(self):
-        return sum(self.d(i, i) for i in range(self.x.size))
+        return lambda x: operator({k: jet(f, x) for k, f in exact.items()}, x)
+    return lambda x: operator(jet(exact, x), x)
 
 
 def kernel(equation):
@@ -314,11 +298,4 @@ def table(rows):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"some of {', '.join(equations)}")
-    parser.add_argument("--keep", action="store_true", help="write the results")
-    arguments = parser.parse_args()
-    rows = [run(name) for name in arguments.names or equations]
-    print(table(rows))
-    if arguments.keep:
-        write("breadth", dict(**environment(), runs=rows), table(rows))
+    study("breadth", __doc__, equations, lambda names: map(run, names), table)

@@ -1,5 +1,6 @@
 """Burgers' equation: two lengthscales, by a network."""
 
+import equinox as eqx
 import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
@@ -17,20 +18,26 @@ t, x = np.linspace(0, 1, 60), np.linspace(-1, 1, 60)
 on_grid = tensor_grid(t, x)
 
 
-def burgers(u, x):
-    return u.d(0) + u.value * u.d(1) - viscosity * u.d(1, 1)
+class Burgers(eqx.Module):
+    viscosity: jax.Array
+
+    def __call__(self, u, x):
+        return u.d(0) + u.value * u.d(1) - self.viscosity * u.d(1, 1)
+
+
+equation = Burgers(jnp.array(viscosity))
 
 
 def start(x):
     return jnp.where(x[0] == 0, -jnp.sin(jnp.pi * x[1]), 0.0)
 
 
-def stated(key, n):
+def stated(key, n, equation=equation):
     keys = jax.random.split(key, 3)
     faces = [(0, "lower"), (1, "lower"), (1, "upper")]
     sides = space_time.boundary(n // 3, faces=faces, key=keys[1])
     conditions = [
-        eb.Condition(burgers, space_time.interior(n, key=keys[0])),
+        eb.Condition(equation, space_time.interior(n, key=keys[0])),
         eb.Condition(value, sides, start),
     ]
     return conditions, eb.ValidationResidual(space_time.interior(n, key=keys[2]))
@@ -40,7 +47,7 @@ def kernel(key):
     return eb.Gibbs(eb.LengthscaleNetwork(2, 2, scale=0.25, key=key))
 
 
-def run(key, n=900, steps=(300, 100)):
+def run(key, n=900, steps=(300, 100), kernel=kernel):
     key, network_key = jax.random.split(key)
     return coarse_to_fine(
         eb.GaussianProcess(kernel(network_key)),
@@ -50,5 +57,5 @@ def run(key, n=900, steps=(300, 100)):
     )
 
 
-def compare(solution):
+def compare(solution, viscosity=viscosity):
     return {"u": (on_grid(solution), reference(t, x, viscosity))}

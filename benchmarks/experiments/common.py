@@ -52,10 +52,10 @@ def tensor_grid(*axes):
     return on_grid
 
 
-def learned_from(prior, conditions, objective, **options) -> Run:
+def learned_from(prior, conditions, objective) -> Run:
     """Learns, with the defaults."""
     untrained = lambda: eb.solve(prior, conditions, throw=False)
-    learned = eb.learn(prior, conditions, objective, throw=False, **options)
+    learned = eb.learn(prior, conditions, objective, throw=False)
     return Run(untrained, learned.solution, learned)
 
 
@@ -65,7 +65,6 @@ def coarse_to_fine(
     *,
     sizes: Sequence[int],
     steps: Sequence[int],
-    **options: Any,
 ) -> Run:
     """Learns at more and more points. Steps at few points cost little, and what is
     learned there is where to start with more."""
@@ -73,7 +72,7 @@ def coarse_to_fine(
     untrained = lambda: eb.solve(prior, conditions, throw=False)
     stage = prior
     for i, (n, most) in enumerate(zip(sizes, steps)):
-        options = dict(options, steps=most, scale_search=i == 0, throw=False)
+        options = dict(steps=most, scale_search=i == 0, throw=False)
         learned = eb.learn(stage, *stated(n), **options)
         stage = learned.prior
     return Run(untrained, learned.solution, learned)

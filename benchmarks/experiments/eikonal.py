@@ -33,11 +33,14 @@ def stated(key, n):
     return conditions, eb.ValidationResidual(validation, misfit_weight=1.0)
 
 
-def run(key, n=900):
+def kernel(key):
+    return eb.Gibbs(eb.LengthscaleNetwork(2, scale=1 / 3, key=key))
+
+
+def run(key, n=900, kernel=kernel):
     key, network_key = jax.random.split(key)
-    network = eb.LengthscaleNetwork(2, scale=1 / 3, key=network_key)
     return coarse_to_fine(
-        eb.GaussianProcess(eb.Gibbs(network)),
+        eb.GaussianProcess(kernel(network_key)),
         lambda n: stated(key, n),
         sizes=(n // 3, n),
         steps=(200, 60),

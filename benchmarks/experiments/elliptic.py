@@ -26,18 +26,18 @@ def source(x):
     return -jnp.trace(jax.hessian(exact)(x)) + exact(x) ** 3
 
 
-def stated(key, n, **nuggets):
+def stated(key, n, equation=elliptic, source=source, **nuggets):
     keys = jax.random.split(key, 3)
     conditions = [
-        eb.Condition(elliptic, square.interior(n, key=keys[0]), source, **nuggets),
+        eb.Condition(equation, square.interior(n, key=keys[0]), source, **nuggets),
         eb.Condition(value, square.boundary(n // 3, key=keys[1]), **nuggets),
     ]
     return conditions, eb.ValidationResidual(square.interior(n, key=keys[2]))
 
 
-def run(key, n=900):
+def run(key, n=900, **nuggets):
     prior = eb.GaussianProcess(eb.Gaussian(1.0))
-    return learned_from(prior, *stated(key, n))
+    return learned_from(prior, *stated(key, n, **nuggets))
 
 
 def compare(solution):

@@ -11,28 +11,16 @@ The exact one is checked by central differences of converged solves. The predict
 the spectral radius of the Gauss-Newton map, which a solution knows.
 """
 
-import argparse
-import json
 import time
 
+import burgers
 import elliptic
 import equinox as eqx
 import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
-import numpy as np
-from burgers import space_time, start
-from common import value
 from jax.flatten_util import ravel_pytree
-from references import burgers as reference
-from run import environment, write
-
-
-class Burgers(eqx.Module):
-    viscosity: jax.Array
-
-    def __call__(self, u, x):
-        return u.d(0) + u.value * u.d(1) - self.viscosity * u.d(1, 1)
+from reporting import errors, study
 
 
 class Elliptic(eqx.Module):
@@ -50,37 +38,20 @@ class Source(eqx.Module):
         return linear + self.strength * elliptic.exact(x) ** 3
 
 
-def burgers_stated(viscosity, n, key):
-    keys = jax.random.split(key, 3)
-    faces = [(0, "lower"), (1, "lower"), (1, "upper")]
-    sides = space_time.boundary(n // 3, faces=faces, key=keys[1])
-    conditions = [
-        eb.Condition(Burgers(viscosity), space_time.interior(n, key=keys[0])),
-        eb.Condition(value, sides, start),
-    ]
-    return conditions, eb.ValidationResidual(space_time.interior(n, key=keys[2]))
+def burgers_stated(viscosity, key, n):
+    return burgers.stated(key, n, burgers.Burgers(viscosity))
 
 
-def elliptic_stated(strength, n, key):
-    keys = jax.random.split(key, 3)
-    inside, square = elliptic.square.interior(n, key=keys[0]), elliptic.square
-    conditions = [
-        eb.Condition(Elliptic(strength), inside, Source(strength)),
-        eb.Condition(value, square.boundary(n // 3, key=keys[1])),
-    ]
-    return conditions, eb.ValidationResidual(square.interior(n, key=keys[2]))
+def elliptic_stated(strength, key, n):
+    return elliptic.stated(key, n, Elliptic(strength), Source(strength))
 
 
 def burgers_error(viscosity, solution):
-    t, x = np.linspace(0, 1, 60), np.linspace(-1, 1, 60)
-    points = jnp.stack(jnp.meshgrid(t, x, indexing="ij"), -1).reshape(-1, 2)
-    truth = reference(t, x, float(viscosity)).ravel()
-    return float(np.max(np.abs(solution(points) - truth)))
+    return errors(burgers.compare(solution, float(viscosity)))["u"]["max"]
 
 
 def elliptic_error(strength, solution):
-    found, truth = elliptic.compare(solution)["u"]
-    return float(jnp.max(jnp.abs(found - truth)))
+    return errors(elliptic.compare(solution))["u"]["max"]
 
 
 problems = dict(
@@ -131,7 +102,7 @@ def compare(prior, conditions, objective):
 def run(name, regime, n, seed=0):
     stated, error, _ = problems[name]
     regime = jnp.array(regime)
-    conditions, objective = stated(regime, n, jax.random.key(seed))
+    conditions, objective = stated(regime, jax.random.key(seed), n)
     prior = eb.GaussianProcess(eb.Scaled(eb.Gaussian([0.3, 0.3]), 1.0))
     row = dict(problem=name, regime=float(regime), points=n, seed=seed)
     for kind in ("frozen", "implicit"):
@@ -177,21 +148,13 @@ def table(rows):
     return "\n".join(lines)
 
 
-def study(sizes=(100, 300)):
-    for name, (_, _, regimes) in problems.items():
+def rows(names, sizes=(100, 300)):
+    for name in names:
+        *_, regimes = problems[name]
         for n in sizes:
             for regime in regimes:
                 yield run(name, regime, n)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keep", action="store_true", help="write the results")
-    arguments = parser.parse_args()
-    rows = []
-    for row in study():
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    print(table(rows))
-    if arguments.keep:
-        write("linearisation", dict(**environment(), runs=rows), table(rows))
+    study("linearisation", __doc__, problems, rows, table)

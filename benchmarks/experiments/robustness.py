@@ -9,8 +9,6 @@ that was found with these points by any way from any start: no truth is needed t
 Errors are reported for the runs that ended well, and for all.
 """
 
-import argparse
-import json
 import time
 
 import burgers
@@ -20,7 +18,7 @@ import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
 import numpy as np
-from run import environment, errors, write
+from reporting import errors, study
 
 
 starts = (0.03, 0.1, 0.3, 1.0, 3.0)
@@ -114,8 +112,8 @@ def table(rows):
     return "\n".join(lines)
 
 
-def study(n=300, seeds=5, starts=starts):
-    for name in problems:
+def rows(names, n=300, seeds=5):
+    for name in names:
         for way in ways():
             for seed in range(seeds):
                 for start in starts:
@@ -123,13 +121,4 @@ def study(n=300, seeds=5, starts=starts):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keep", action="store_true", help="write the results")
-    arguments = parser.parse_args()
-    rows = []
-    for row in study():
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    print(table(rows))
-    if arguments.keep:
-        write("robustness", dict(**environment(), runs=rows), table(rows))
+    study("robustness", __doc__, problems, rows, table)

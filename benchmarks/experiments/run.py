@@ -9,13 +9,8 @@ standard output; `--keep` puts them into the results of the repository.
 """
 
 import argparse
-import datetime
 import importlib
-import importlib.metadata
 import json
-import os
-import pathlib
-import platform
 import sys
 import time
 
@@ -23,10 +18,12 @@ import equinox as eqx
 import eqx_bilevel as eb
 import jax
 import numpy as np
+from reporting import environment, errors, read, write
 
 
 names = (
     "elliptic",
+    "elliptic_nugget",
     "additive",
     "ten_parameters",
     "schroedinger",
@@ -39,37 +36,11 @@ names = (
     "deep_burgers",
     "deep_eikonal",
 )
-results = pathlib.Path(__file__).parents[1] / "results"
 
 
 #
 # Running
 #
-
-
-def errors(pairs):
-    rows = {}
-    for name, (found, truth) in pairs.items():
-        difference = np.asarray(found) - np.asarray(truth)
-        rms = np.sqrt(np.mean(difference**2))
-        rows[name] = dict(
-            rms=float(rms),
-            max=float(np.max(np.abs(difference))),
-            relative=float(rms / np.sqrt(np.mean(np.asarray(truth) ** 2))),
-        )
-    return rows
-
-
-def converged(solutions) -> bool:
-    is_solution = lambda x: isinstance(x, eb.Solution)
-    each = jax.tree.leaves(solutions, is_leaf=is_solution)
-    return all(np.all(one.result == eb.RESULTS.successful) for one in each)
-
-
-def nugget(solutions) -> float:
-    is_solution = lambda x: isinstance(x, eb.Solution)
-    each = jax.tree.leaves(solutions, is_leaf=is_solution)
-    return float(max(np.max(one.stats["jitter"]) for one in each))
 
 
 def run(name, seed, **size):
@@ -79,51 +50,26 @@ def run(name, seed, **size):
     solution, learned = found.solution, found.learned
     jax.block_until_ready(eqx.filter(solution, eqx.is_array))
     seconds = time.perf_counter() - began
+    # One, or several that were solved at once or one by one.
+    is_solution = lambda x: isinstance(x, eb.Solution)
+    each = jax.tree.leaves(solution, is_leaf=is_solution)
     return dict(
         experiment=name,
         seed=seed,
         learned=errors(module.compare(solution)),
         untrained=errors(module.compare(found.untrained())),
-        converged=converged(solution),
+        converged=all(np.all(s.result == eb.RESULTS.successful) for s in each),
         objective=float(learned.objective),
         steps=len(learned.history["objective"]),
-        nugget=nugget(solution),
+        nugget=float(max(np.max(s.stats["jitter"]) for s in each)),
         seconds=round(seconds, 1),
     )
 
 
-def environment():
-    packages = ("jax", "equinox", "optimistix", "lineax", "numpy", "scipy")
-    with open("/proc/cpuinfo") as file:
-        lines = [line for line in file if line.startswith("model name")]
-    return dict(
-        date=str(datetime.date.today()),
-        python=platform.python_version(),
-        versions={name: importlib.metadata.version(name) for name in packages},
-        hardware=lines[0].split(":")[1].strip(),
-        cores=len(os.sched_getaffinity(0)),
-    )
-
-
-def write(name, kept, table):
-    """Results as JSON, and the table that the documentation shows."""
-    (results / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
-    (results / f"{name}.md").write_text(table + "\n")
-
-
-def read(name):
-    path = results / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def keep(rows):
+def keep(name, rows):
     kept = read("experiments")
-    for name in dict.fromkeys(row["experiment"] for row in rows):
-        kept[name] = dict(
-            **environment(),
-            command=f"python benchmarks/experiments/run.py {name} --keep",
-            runs=[row for row in rows if row["experiment"] == name],
-        )
+    command = f"python benchmarks/experiments/run.py {name} --keep"
+    kept[name] = dict(**environment(), command=command, runs=rows)
     ordered = {name: kept[name] for name in names if name in kept}
     write("experiments", ordered, table(ordered))
 
@@ -193,5 +139,5 @@ if __name__ == "__main__":
                 rows.append(run(name, seed))
                 print(json.dumps(rows[-1]), flush=True)
                 if arguments.keep:  # Each time: these take long.
-                    keep(rows)
+                    keep(name, rows)
             print(table({name: dict(runs=rows)}), file=sys.stderr, flush=True)
