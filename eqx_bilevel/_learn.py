@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import optimistix as optx
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._adjoint import FixedPointAdjoint, FrozenAdjoint
 from ._condition import Condition, GaussianProcess, is_concrete
@@ -175,7 +175,8 @@ def learn(
     objective = functions_as_pytrees(objective)
     task = Task(None, objective, solver, adjoint, jnp.asarray(max_inner_steps))
     # The search may give a kernel a scale that it had not.
-    scaled = rescaled(prior, _no_factors(conditions)) if scale_search else prior
+    one = jnp.ones_like(conditions[0].points[0])
+    scaled = rescaled(prior, one) if scale_search else prior
     learned_at_all, _ = _separate(scaled, conditions, task)
     optimiser = _optimiser(optimiser, learned_at_all, bool(scale_search))
     record = _Record(verbose)
@@ -186,9 +187,8 @@ def learn(
         prior, tried = _search(prior, conditions, task, num, record)
     theta, task = _separate(prior, conditions, task)
     if patience is None:
-        few = sum(x.size for x in jax.tree.leaves(theta)) <= _FEW
         stochastic = isinstance(optimiser, optax.GradientTransformation)
-        patience = 200 if stochastic else 3 if few else 10
+        patience = 200 if stochastic else 3 if _size(theta) <= _FEW else 10
     record.note("Compiling the step.")
     converged = _minimise(
         optimiser, theta, task, steps, key, record, rtol, patience, bool(tried)
@@ -220,8 +220,12 @@ _FEW = 20
 _MOST_FOR_BFGS = 3000
 
 
+def _size(theta: PyTree) -> int:
+    return sum(x.size for x in jax.tree.leaves(theta))
+
+
 def _optimiser(optimiser, theta, searched: bool) -> _Optimiser:
-    size = sum(x.size for x in jax.tree.leaves(theta))
+    size = _size(theta)
     if size == 0:
         raise ValueError(
             "There is nothing to learn: `prior` has no arrays outside of "
@@ -240,10 +244,6 @@ def _optimiser(optimiser, theta, searched: bool) -> _Optimiser:
             f"solver or minimiser, got a {type(optimiser).__name__}."
         )
     return optimiser
-
-
-def _no_factors(conditions: Sequence[Condition]) -> Float[Array, " d"]:
-    return jnp.ones_like(conditions[0].points[0])
 
 
 def _with_inner_steps(task: Task, num: int) -> Task:

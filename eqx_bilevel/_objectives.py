@@ -124,7 +124,7 @@ class ValidationResidual(AbstractObjective):
     ):
         if not 0 <= misfit_weight < np.inf:
             raise ValueError(
-                f"`misfit_weight` must be a finite non-negative number, got "
+                "`misfit_weight` must be a finite non-negative number, got "
                 f"{misfit_weight}."
             )
         self.points = as_points(points)

@@ -1,4 +1,4 @@
-"""The search for a common factor of all lengthscales, before any local method."""
+"""The search for factors of all lengthscales, before any local method."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -22,7 +22,7 @@ def replace(kernel: Any, name: str, new: Any) -> Any:
     )
 
 
-# If there is one factor for each dimension, but not one value: their geometric mean.
+# Of factors for each dimension, a value that is one for all gets their geometric mean.
 def multiply_parameter(parameter: Any, factor: ArrayLike) -> Any:
     if isinstance(parameter, Frozen):
         return parameter
@@ -35,7 +35,8 @@ def multiply_parameter(parameter: Any, factor: ArrayLike) -> Any:
 
 
 def common_factor(factor: ArrayLike) -> Array:
-    return jnp.exp(jnp.mean(jnp.log(jnp.asarray(factor))))
+    factor = jnp.asarray(factor)
+    return factor if factor.ndim == 0 else jnp.exp(jnp.mean(jnp.log(factor)))
 
 
 # The converter of a field that is a positive number, or one per dimension. Plain
