@@ -5,6 +5,11 @@ from ._adjoint import (
     FrozenAdjoint as FrozenAdjoint,
 )
 from ._condition import Condition as Condition, GaussianProcess as GaussianProcess
+from ._evidence import (
+    CrossValidation as CrossValidation,
+    NegativeLogEvidence as NegativeLogEvidence,
+    NegativeLogPredictive as NegativeLogPredictive,
+)
 from ._gauss_newton import GaussNewton as GaussNewton
 from ._jets import Jet as Jet
 from ._kernels import (
@@ -30,8 +35,9 @@ from ._kernels import (
 )
 from ._learn import learn as learn, Learned as Learned, LearningError as LearningError
 from ._objectives import (
+    AbstractLeastSquaresObjective as AbstractLeastSquaresObjective,
     AbstractObjective as AbstractObjective,
-    ValidationResidual as ValidationResidual,
+    Objective as Objective,
 )
 from ._parameters import (
     AbstractParameter as AbstractParameter,
@@ -47,6 +53,7 @@ from ._quasi_newton import BoundedBFGS as BoundedBFGS
 from ._results import RESULTS as RESULTS
 from ._solution import Solution as Solution
 from ._solve import solve as solve
+from ._validation import hold_out as hold_out, ValidationResidual as ValidationResidual
 from ._whitened import solve_whitened as solve_whitened
 
 

@@ -94,7 +94,7 @@ def _optimality(root: Root, residual, inputs) -> Root:
     z, weights = root
     linearised = linearise(problem, z)
     changes = jet_changes(problem, linearised.functionals, weights)
-    applied = jacobian_product(linearised.jacobians, changes)
+    applied = jacobian_product(problem, linearised.jacobians, changes)
     misfit = applied + noise_variances(problem, state.jitter) * weights - linearised.rhs
     return Root(z - prior_z(problem) - select(problem, changes), misfit)
 
@@ -249,4 +249,5 @@ def _read_transposed(state: _System, read) -> tuple[Array, Array]:
         zero = lambda size: jnp.zeros(size, state.problem.dtype)
         return zero(conditions.z_size), zero(conditions.size)
     jets = jet_products(conditions, readings, split(readings, read))
-    return select(conditions, jets), jacobian_product(state.jacobians, jets)
+    bent = select(conditions, jets)
+    return bent, jacobian_product(conditions, state.jacobians, jets)

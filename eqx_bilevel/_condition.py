@@ -61,6 +61,24 @@ def _number(x: Any, name: str, zero: bool) -> Any:
     return x
 
 
+def _quadrature(points: Any, weights: Any) -> tuple[Array, Array | None]:
+    if weights is None:
+        return as_points(points), None
+    points, weights = _inexact(points, "points"), _inexact(weights, "quadrature")
+    if points.ndim != 3 or 0 in points.shape:
+        raise ValueError(
+            "With `quadrature`, `points` must have shape `(n, q, d)`, for `n` averages "
+            f"over `q` points in `d` dimensions, got {points.shape}."
+        )
+    n, q, d = points.shape
+    if weights.shape not in ((q,), (n, q)):
+        raise ValueError(
+            f"`quadrature` must have shape ({q},) or ({n}, {q}), got {weights.shape}."
+        )
+    weights = jnp.broadcast_to(weights, (n, q)).astype(points.dtype)
+    return points.reshape(n * q, d), weights
+
+
 class GaussianProcess(eqx.Module):
     """What is known about an unknown function beforehand: it is a Gaussian process with
     this kernel and this mean.
@@ -127,12 +145,13 @@ class Condition(eqx.Module):
     """
 
     operator: Callable
-    points: Float[Array, "n d"]
+    points: Float[Array, "_ d"]
     target: PyTree
     noise: AbstractParameter | Float[Array, ""] | None
     nugget: AbstractParameter | Float[Array, ""] | None
     weight: AbstractParameter | Float[Array, ""] | None
     reference: Callable | Mapping[str, Callable] | None
+    quadrature: Float[Array, "n q"] | None
     name: str | None = eqx.field(static=True)
 
     def __init__(
@@ -145,6 +164,7 @@ class Condition(eqx.Module):
         nugget: AbstractParameter | ArrayLike | None = None,
         weight: AbstractParameter | ArrayLike | None = None,
         reference: Callable | Mapping[str, Callable] | None = None,
+        quadrature: ArrayLike | None = None,
         name: str | None = None,
     ):
         if not callable(operator):
@@ -152,7 +172,12 @@ class Condition(eqx.Module):
                 "`operator` must be a callable `(u, x)`, got a "
                 f"{type(operator).__name__}."
             )
-        points = as_points(points)
+        points, quadrature = _quadrature(points, quadrature)
+        if quadrature is not None and callable(target):
+            raise ValueError(
+                "With `quadrature`, `target` must be numbers: it belongs to averages "
+                "and not to points."
+            )
         if noise is not None and nugget is not None:
             raise ValueError(
                 "Give `noise` (a standard deviation, for measured data) or `nugget` (a "
@@ -165,7 +190,15 @@ class Condition(eqx.Module):
         self.nugget = _number(nugget, "nugget", zero=True)
         self.weight = _number(weight, "weight", zero=False)
         self.reference = reference
+        self.quadrature = quadrature
         self.name = name
+
+    @property
+    def num_targets(self) -> int:
+        """For how many points there is a target; or with `quadrature`, for how many
+        averages.
+        """
+        return len(self.points if self.quadrature is None else self.quadrature)
 
 
 Condition.__init__.__doc__ = """**Arguments:**
@@ -190,6 +223,9 @@ The remaining arguments are keyword-only.
 - `reference`: Where the operator is linearised to find that prior variance: a function
     of one point that stands for the unknown, or a dictionary of them. Default: the
     prior's mean.
+- `quadrature`: For measured averages: the weights of a quadrature rule, of shape
+    `(q,)` or `(n, q)`. `points` then has shape `(n, q, d)`, and what equals the
+    `target` are the `n` weighted sums over `q` points of what the operator returns.
 - `name`: Used in messages, and to refer to this condition.
 
 **Raises:**

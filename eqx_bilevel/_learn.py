@@ -18,7 +18,7 @@ from ._adjoint import FixedPointAdjoint, FrozenAdjoint
 from ._condition import Condition, GaussianProcess, is_concrete
 from ._gauss_newton import GaussNewton
 from ._krylov import FixedPointGMRES
-from ._objectives import AbstractObjective
+from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
 from ._outer import (
     cold_start,
     evaluate,
@@ -26,6 +26,7 @@ from ._outer import (
     optimistix_init,
     optimistix_step,
     Outcome,
+    scaled,
     Start,
     Task,
 )
@@ -119,8 +120,9 @@ def learn(
     - `conditions`: A list of [`eqx_bilevel.Condition`][]s.
     - `objective`: An [`eqx_bilevel.AbstractObjective`][], or a sum of them.
     - `optimiser`: An Optax optimiser; or an Optimistix minimiser (of the logarithm of
-        the objective) or least-squares solver. Default: [`eqx_bilevel.BoundedBFGS`][]
-        for up to 3000 hyperparameters, and otherwise `optax.adam(1e-3)`.
+        the objective, if that is a sum of squares); or a least-squares solver, if it
+        is. Default: [`eqx_bilevel.BoundedBFGS`][] for up to 3000 hyperparameters, and
+        otherwise `optax.adam(1e-3)`.
 
     The remaining arguments are keyword-only.
 
@@ -135,8 +137,8 @@ def learn(
     - `max_inner_steps`: The largest number of Gauss-Newton steps for each outer step.
         With `gradient="frozen"` and `max_inner_steps=1`, each outer step costs one
         linearised solve.
-    - `rtol`, `patience`: Stop if the objective has not decreased by this factor in that
-        many accepted steps. Default: 200 steps for Optax; for Optimistix 3, or 10 with
+    - `rtol`, `patience`: Stop if the objective has not decreased by this much in that
+        many accepted steps: relatively if it is a sum of squares, and else absolutely. Default: 200 steps for Optax; for Optimistix 3, or 10 with
         more than 20 hyperparameters.
     - `pool`: Whether the validation points join the conditions for the solution that is
         returned. It is solved for once more, with the same hyperparameters.
@@ -178,8 +180,8 @@ def learn(
     one = jnp.ones_like(conditions[0].points[0])
     scaled = rescaled(prior, one) if scale_search else prior
     learned_at_all, _ = _separate(scaled, conditions, task)
-    optimiser = _optimiser(optimiser, learned_at_all, bool(scale_search))
-    record = _Record(verbose)
+    optimiser = _optimiser(optimiser, learned_at_all, objective, bool(scale_search))
+    record = _Record(verbose, objective)
     tried: list[Tried] = []
     if scale_search:
         num = 8 if scale_search is True else scale_search
@@ -224,7 +226,7 @@ def _size(theta: PyTree) -> int:
     return sum(x.size for x in jax.tree.leaves(theta))
 
 
-def _optimiser(optimiser, theta, searched: bool) -> _Optimiser:
+def _optimiser(optimiser, theta, objective, searched: bool) -> _Optimiser:
     size = _size(theta)
     if size == 0:
         raise ValueError(
@@ -238,6 +240,12 @@ def _optimiser(optimiser, theta, searched: bool) -> _Optimiser:
             return BoundedBFGS(1e-5, 1e-5, max_length=0.3)
         # After a search the first step, whose length is not known, should be short.
         return BoundedBFGS(1e-3, 1e-3, max_length=0.1 if searched else 0.7)
+    squares = isinstance(objective, AbstractLeastSquaresObjective)
+    if isinstance(optimiser, optx.AbstractLeastSquaresSolver) and not squares:
+        raise ValueError(
+            "`optimiser` is for least squares, but the objective is no sum of squares. "
+            "Use a minimiser, such as `eqx_bilevel.BoundedBFGS`."
+        )
     if not isinstance(optimiser, _Optimiser):
         raise ValueError(
             "`optimiser` must be an Optax optimiser, or an Optimistix least-squares "
@@ -282,8 +290,9 @@ _MOST_REJECTED = 10
 class _Record:
     # What happened, and the best hyperparameters so far.
 
-    def __init__(self, verbose):
+    def __init__(self, verbose, objective: AbstractObjective):
         self.verbose = verbose
+        self.objective = objective
         self.start = time.perf_counter()
         self.rows: list[dict[str, Any]] = []
         self.best = self.searched = np.inf
@@ -341,7 +350,15 @@ class _Record:
         if len(rejected) == _MOST_REJECTED and not any(rejected):
             return True
         best = [row["best"] for row in rows if row["accepted"]]
-        return len(best) > patience and best[-1] >= (1 - rtol) * best[-1 - patience]
+        if len(best) <= patience:
+            return False
+        return not self.decreased(best[-1 - patience], best[-1], rtol)
+
+    def decreased(self, before: float, after: float, rtol: float) -> bool:
+        if np.isinf(before):
+            return after < before
+        change = scaled(self.objective, np.array([before, after]))
+        return bool(change[0] - change[1] > rtol)
 
     def history(self) -> dict[str, np.ndarray]:
         names = self.rows[0] if self.rows else ()
@@ -369,7 +386,7 @@ def _minimise(
             run = _run_optimistix(optimiser, theta, task, start, left)
         converged = _follow(run, record, rtol, patience, since)
         best = record.outcome
-        improved = record.best < (1 - rtol) * before
+        improved = record.decreased(before, record.best, rtol)
         enough = len(record.rows) >= steps or not (converged and improved)
         if best is None or enough or best.jitter <= smallest:
             return converged

@@ -71,16 +71,22 @@ def embed(problem: Problem, z: Float[Array, " N"]) -> list[Array]:
 
 
 def jacobian_product(
-    jacobians: Sequence[Array], jets: Sequence[Array]
+    problem: Problem, jacobians: Sequence[Array], jets: Sequence[Array]
 ) -> Float[Array, " M"]:
-    return flat(map(ft.partial(jnp.einsum, "nqp,np->nq"), jacobians, jets))
+    each = map(ft.partial(jnp.einsum, "nqp,np->nq"), jacobians, jets)
+    return flat(r.sums(values) for r, values in zip(problem.rows, each))
 
 
 def transposed_jacobian_product(
     problem: Problem, jacobians: Sequence[Array], weights: Float[Array, " M"]
 ) -> list[Array]:
-    parts = split_weights(problem, weights)
+    parts = _weights_at_points(problem, weights)
     return list(map(ft.partial(jnp.einsum, "nqp,nq->np"), jacobians, parts))
+
+
+def _weights_at_points(problem: Problem, weights: Float[Array, " M"]) -> list[Array]:
+    parts = split_weights(problem, weights)
+    return [r.at_points(part) for r, part in zip(problem.rows, parts)]
 
 
 def prior_z(problem: Problem) -> Float[Array, " N"]:
@@ -105,8 +111,8 @@ def linearise(problem: Problem, z: Float[Array, " N"]) -> Linearised:
         at = lambda z, x, r=r: linearise_operator(r.operator, r.unknowns, r.trace, z, x)
         jacobian, offset = jax.vmap(at)(z_r, r.points)
         jacobians.append(jacobian)
-        rhs.append(offset + r.target)
-    means = jacobian_product(jacobians, [r.mean for r in problem.rows])
+        rhs.append(r.sums(offset) + r.target)
+    means = jacobian_product(problem, jacobians, [r.mean for r in problem.rows])
     blocks = [r.block(jacobian) for r, jacobian in zip(problem.rows, jacobians)]
     functionals = _merge([block for block in blocks if block.size > 0])
     return Linearised(functionals, tuple(jacobians), flat(rhs) - means)
@@ -117,8 +123,8 @@ def _merge(blocks: Sequence[Block]) -> tuple[Block, ...]:
     out: list[Block] = []
     for block in blocks:
         last = out[-1] if out else None
-        kind = (block.jets, block.at_each)
-        if last is not None and (last.jets, last.at_each) == kind:
+        kind = lambda b: (b.jets, b.at_each, b.sum_over)
+        if last is not None and kind(last) == kind(block):
             out[-1] = jax.tree.map(lambda *x: jnp.concatenate(x), last, block)
         else:
             out.append(block)
@@ -154,7 +160,7 @@ def jet_products(
 
 
 def _jets(problem: Problem) -> tuple[Block, ...]:
-    return _merge([r.block(None) for r in problem.rows])
+    return _merge([r.jets for r in problem.rows])
 
 
 def noise_variances(problem: Problem, jitter: Float[Array, ""]) -> Float[Array, " M"]:
@@ -167,7 +173,7 @@ def noise_variances(problem: Problem, jitter: Float[Array, ""]) -> Float[Array, 
 
 def slope_product(problem: Problem, linearised: Linearised, dz: Float[Array, " N"]):
     # The derivative of the conditions with respect to z, times `dz`.
-    return jacobian_product(linearised.jacobians, embed(problem, dz))
+    return jacobian_product(problem, linearised.jacobians, embed(problem, dz))
 
 
 def residuals(
@@ -178,7 +184,7 @@ def residuals(
     out = []
     for r, block_z in zip(problem.rows, split(problem, z)):
         at = lambda z, x, r=r: nonlinear_part(r.operator, r.unknowns, r.trace, z, x)
-        out.append(jax.vmap(at)(block_z, r.points) - r.target)
+        out.append(r.sums(jax.vmap(at)(block_z, r.points)) - r.target)
     mean = _linear_mean(problem)
     return flat(out) + mean + linear
 
@@ -191,7 +197,8 @@ def _linear_mean(problem: Problem) -> Float[Array, " M"]:
         jacobian = jax.vmap(at)(r.mean[:, r.z_entries], r.points)[0]
         linear = [i for i in range(len(r.trace.jets)) if i not in r.trace.nonlinear]
         keep = jnp.array(linear, int)
-        out.append(jnp.einsum("nqp,np->nq", jacobian[:, :, keep], r.mean[:, keep]))
+        mean = jnp.einsum("nqp,np->nq", jacobian[:, :, keep], r.mean[:, keep])
+        out.append(r.sums(mean))
     return flat(out)
 
 
@@ -200,7 +207,7 @@ def curvatures(
 ) -> list[Array]:
     # The (n, k, k) blocks of blockdiag(w . R''): second derivatives, weighted.
     out = []
-    parts = split(problem, z), split_weights(problem, weights)
+    parts = split(problem, z), _weights_at_points(problem, weights)
     for r, z_r, w in zip(problem.rows, *parts):
 
         def at(z, w, x, r=r):

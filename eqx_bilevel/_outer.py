@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import optax
 import optimistix as optx
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ._gauss_newton import GaussNewton
 from ._hypergradient import differentiable
 from ._linearised import prior_z
-from ._objectives import AbstractObjective
+from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
 from ._parameters import unwrap
 from ._results import RESULTS
 from ._solution import Solution
@@ -135,6 +135,13 @@ def optax_step(
 #
 
 
+def scaled(objective: AbstractObjective, value: ArrayLike) -> Array:
+    # What is minimised. Sums of squares span many orders of magnitude: in logarithms,
+    # the valley around the minimum looks the same from near and far.
+    squares = isinstance(objective, AbstractLeastSquaresObjective)
+    return jnp.log(value) if squares else jnp.asarray(value)
+
+
 class _Flat(eqx.Module):
     # The objective as a function of the vector of all hyperparameters, as Optimistix
     # solvers like it. Its derivatives are computed here, where it is known which way is
@@ -154,10 +161,11 @@ class _Flat(eqx.Module):
             return r, _outcome(theta, solution, 0.5 * jnp.sum(r**2))
 
         def value(v):
-            # Objectives span many orders of magnitude. In logarithms, the valley around
-            # the minimum looks the same from near and far.
-            _, outcome = residuals(v)
-            return jnp.log(outcome.objective), outcome
+            theta = unravel(v)
+            solution = _differentiable(theta, task, task.objective, found)
+            objective = task.objective(solution)
+            outcome = _outcome(theta, solution, objective)
+            return scaled(task.objective, objective), outcome
 
         if self.least_squares:
             jacobian, _ = jax.jacfwd(residuals, has_aux=True)(here)

@@ -5,6 +5,7 @@ some operator nonlinearly are stacked into a vector `z` of size `N`. Everything 
 relative to the prior mean `m`: the unknown is `v = u - m`.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,10 +30,11 @@ from ._parameters import value_of
 
 class Rows(eqx.Module):
     # One condition, ready to be imposed: `n` points, `q` scalars at each, `p` entries
-    # in a jet of which `k` enter nonlinearly.
+    # in a jet of which `k` enter nonlinearly. With a quadrature, `N` sums over points.
     operator: Callable
     points: Float[Array, "n d"]
-    target: Float[Array, "n q"]
+    target: Float[Array, "N q"]
+    quadrature: Float[Array, " n"] | None
     mean: Float[Array, "n p"]  # the prior mean's jets
     sides: dict[str, Any]  # what the kernels compute of each point on its own
     variance: Float[Array, ""]  # Gamma is `variance + jitter * scale`
@@ -51,9 +53,34 @@ class Rows(eqx.Module):
         # Whether this is no condition, but only points where jets are wanted.
         return self.trace.size == 0
 
-    def block(self, coefficients: Float[Array, "n q p"] | None) -> Block:
-        # Combinations of the entries of its jets, or these themselves.
-        return Block(self.points, coefficients, self.trace.jets, self.sides)
+    @property
+    def sum_over(self) -> int:
+        return len(self.points) // len(self.target)
+
+    def sums(self, values: Float[Array, "n q"]) -> Float[Array, "N q"]:
+        # From what holds at points to what the targets are for.
+        if self.quadrature is None:
+            return values
+        weighted = self.quadrature[:, None] * values
+        return weighted.reshape(-1, self.sum_over, values.shape[1]).sum(axis=1)
+
+    def at_points(self, weights: Float[Array, "N q"]) -> Float[Array, "n q"]:
+        # The transpose of that.
+        if self.quadrature is None:
+            return weights
+        return self.quadrature[:, None] * jnp.repeat(weights, self.sum_over, axis=0)
+
+    @property
+    def jets(self) -> Block:
+        # The functionals that read all entries of its jets.
+        return Block(self.points, None, self.trace.jets, self.sides)
+
+    def block(self, jacobian: Float[Array, "n q p"]) -> Block:
+        # Its own functionals.
+        if self.quadrature is not None:
+            jacobian = self.quadrature[:, None, None] * jacobian
+        jets, sides = self.trace.jets, self.sides
+        return Block(self.points, jacobian, jets, sides, self.sum_over)
 
 
 class Problem(eqx.Module):
@@ -102,6 +129,20 @@ def names_of(prior: Any) -> Unknowns:
 
 def condition_name(condition: Condition, position: int) -> str:
     return condition.name or f"conditions[{position}]"
+
+
+def find_condition(
+    conditions: Sequence[Condition], name: str | None
+) -> tuple[Condition, str]:
+    # And its name. `None` is the first one.
+    names = [condition_name(c, i) for i, c in enumerate(conditions)]
+    name = names[0] if name is None else name
+    if name not in names:
+        raise ValueError(
+            f"The objective is about condition {name!r}, but the conditions are "
+            f"{names}."
+        )
+    return conditions[names.index(name)], name
 
 
 def trace_conditions(prior: Any, conditions: Sequence[Condition]) -> list[Trace]:
@@ -198,28 +239,25 @@ def build(prior, conditions: Sequence[Condition]) -> Problem:
     means = mean_functions(prior)
     rows = []
     for i, (condition, trace) in enumerate(zip(conditions, traces)):
-        name = condition_name(condition, i)
-        mean = jets_of(means, trace.jets, condition.points)
-        sides = one_sides(kernels, trace.jets, condition.points)
-        whose = f"condition {name!r}"
-        target = target_array(condition.target, trace, condition.points, whose)
-        scale = _scale(kernels, condition, unknowns, trace, mean, sides)
-        variance, scale = _variance(condition, scale)
-        rows.append(
-            Rows(
-                condition.operator,
-                condition.points,
-                target,
-                mean,
-                sides,
-                variance,
-                scale,
-                trace,
-                unknowns,
-                name,
-                i,
-            )
+        name, points = condition_name(condition, i), condition.points
+        whose, n = f"condition {name!r}", condition.num_targets
+        quadrature = condition.quadrature
+        unscaled = Rows(
+            operator=condition.operator,
+            points=points,
+            target=target_array(condition.target, trace, points, n, whose),
+            quadrature=None if quadrature is None else quadrature.reshape(-1),
+            mean=jets_of(means, trace.jets, points),
+            sides=one_sides(kernels, trace.jets, points),
+            variance=jnp.zeros((), points.dtype),
+            scale=jnp.ones((), points.dtype),
+            trace=trace,
+            unknowns=unknowns,
+            name=name,
+            position=i,
         )
+        variance, scale = _variance(condition, _scale(kernels, condition, unscaled))
+        rows.append(dataclasses.replace(unscaled, variance=variance, scale=scale))
     return Problem(kernels, _in_order(rows))
 
 
@@ -246,6 +284,7 @@ def with_readings(
                 operator=_nothing,
                 points=points,
                 target=jnp.zeros((len(points), 0), dtype),
+                quadrature=None,
                 mean=jets_of(mean_functions(prior), jets, points),
                 sides=one_sides(problem.kernels, jets, points),
                 variance=jnp.zeros((), dtype),
@@ -286,8 +325,10 @@ def by_name(
     return known
 
 
-def target_array(target, trace: Trace, points, whose: str) -> Float[Array, "n q"]:
-    n, dtype = len(points), points.dtype
+def target_array(
+    target, trace: Trace, points, n: int, whose: str
+) -> Float[Array, "n q"]:
+    dtype = points.dtype
     if callable(target):
         leaves = jax.tree.leaves(jax.vmap(target)(points))
     else:
@@ -310,24 +351,22 @@ def target_array(target, trace: Trace, points, whose: str) -> Float[Array, "n q"
     return jnp.concatenate(full, axis=1)
 
 
-def _scale(
-    kernels, condition: Condition, unknowns, trace, mean, sides
-) -> Float[Array, ""]:
+def _scale(kernels, condition: Condition, rows: Rows) -> Float[Array, ""]:
     # The mean prior variance of the condition, linearised at its reference.
+    mean, trace, unknowns = rows.mean, rows.trace, rows.unknowns
     if condition.reference is not None:
         functions = by_name(condition.reference, trace.jets, unknowns, "reference")
-        mean = jets_of(functions, trace.jets, condition.points)
-    z = mean[:, jnp.array(trace.nonlinear, int)]
-    at = lambda z, x: linearise_operator(condition.operator, unknowns, trace, z, x)[0]
-    jacobian = jax.vmap(at)(z, condition.points)
+        mean = jets_of(functions, trace.jets, rows.points)
+    z = mean[:, rows.z_entries]
+    at = lambda z, x: linearise_operator(rows.operator, unknowns, trace, z, x)[0]
+    jacobian = jax.vmap(at)(z, rows.points)
     if condition.noise is not None:
         # Then only jitter is relative to this. It must not spoil operators that are not
         # differentiable at the reference, such as a square root at zero.
         regular = jnp.all(jnp.isfinite(jacobian), axis=(1, 2))
         z = jnp.where(regular[:, None], z, 1.0)
-        jacobian = jax.vmap(at)(z, condition.points)
-    block = Block(condition.points, jacobian, trace.jets, sides)
-    return jnp.mean(variances(kernels, [block]))
+        jacobian = jax.vmap(at)(z, rows.points)
+    return jnp.mean(variances(kernels, [rows.block(jacobian)]))
 
 
 def _variance(condition: Condition, scale) -> tuple[Array, Array]:

@@ -231,10 +231,13 @@ class Solution(eqx.Module):
         at = lambda z, x: linearise_operator(operator, self._unknowns, found, z, x)[0]
         return Block(x, jax.vmap(at)(z, x), found.jets)
 
-    def _solve(self, vector: Float[Array, " M"]) -> Float[Array, " M"]:
+    @property
+    def _gram(self) -> GramOperator:
         gamma = noise_variances(self._problem, self.stats["jitter"])
-        operator = GramOperator(self._problem.kernels, self._functionals, gamma)
-        return gram_solve(operator, vector, self._linear_solver, self._factor)
+        return GramOperator(self._problem.kernels, self._functionals, gamma)
+
+    def _solve(self, vector: Float[Array, " M"]) -> Float[Array, " M"]:
+        return gram_solve(self._gram, vector, self._linear_solver, self._factor)
 
     @property
     def _gram_inverse(self) -> GramInverse:
@@ -299,7 +302,7 @@ def _residuals(solution: Solution):
         at = lambda v, x, r=r: residual(
             r.operator, r.unknowns, r.trace.jets, list(v), x
         )
-        out[r.name] = jax.vmap(at)(values, r.points) - r.target
+        out[r.name] = r.sums(jax.vmap(at)(values, r.points)) - r.target
     return out
 
 
@@ -346,9 +349,7 @@ def _spectrum(solution: Solution, num_products: int):
 
 @eqx.filter_jit
 def _condition_number(solution: Solution, num_products: int):
-    gamma = noise_variances(solution._problem, solution.stats["jitter"])
-    kernels = solution._problem.kernels
-    matrix = dense(GramOperator(kernels, solution._functionals, gamma))
+    matrix = dense(solution._gram)
     scale = jnp.sqrt(jnp.diagonal(matrix.as_matrix()))
     forwards = lambda v: matrix.mv(v / scale) / scale
     backwards = lambda v: solution._gram_inverse(v * scale) * scale

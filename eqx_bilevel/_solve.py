@@ -170,7 +170,8 @@ def _check_values(condition: Condition, name: str) -> None:
                 "infinite."
             )
     points = condition.points
-    if condition.noise is None and is_concrete(points):
+    exact = condition.noise is None and condition.quadrature is None
+    if exact and is_concrete(points):
         distinct = np.unique(np.asarray(points), axis=0)
         if len(distinct) < len(points):
             raise ValueError(
@@ -185,7 +186,8 @@ def sanitised(prior, conditions) -> tuple[Problem, RESULTS]:
     # when they are differentiated at nan, even if the outcome is not used.
     tree = (prior, conditions)
     finite = [jnp.all(jnp.isfinite(x)) for x in _floats(tree)]
-    repeated = [_has_duplicates(c.points) for c in conditions if c.noise is None]
+    exact = [c for c in conditions if c.noise is None and c.quadrature is None]
+    repeated = [_has_duplicates(c.points) for c in exact]
     cure = lambda x: jnp.where(jnp.isfinite(x), x, jnp.ones_like(x))
     # It has no derivatives either, which are nan before their values are.
     good = jnp.stack(finite).all()

@@ -86,7 +86,8 @@ def _whitened_residual(v, args: _Args):
         at = lambda values, x, r=r: residual(
             r.operator, r.unknowns, r.trace.jets, list(values), x
         )
-        misfits.append((jax.vmap(at)(values, r.points) - r.target).reshape(-1))
+        found = r.sums(jax.vmap(at)(values, r.points))
+        misfits.append((found - r.target).reshape(-1))
     return v, jnp.concatenate(misfits) / jnp.sqrt(args.gamma)
 
 
@@ -108,7 +109,7 @@ def _root(covariance: Float[Array, "P P"]) -> Float[Array, "P P"]:
 def _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw):
     problem, fault = sanitised(*unwrap((prior, conditions)))
     jitter = initial_jitter(problem)
-    blocks = [r.block(None) for r in problem.rows]
+    blocks = [r.jets for r in problem.rows]
     root = _root(covariance(problem.kernels, blocks, blocks))
     args = _Args(problem, root, noise_variances(problem, jitter))
     start = jnp.zeros(root.shape[1], problem.dtype)

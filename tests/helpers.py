@@ -105,7 +105,7 @@ def _target(target, like, points):
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(target)]
     if len(leaves) == 1 and leaves[0].ndim == 0:
         return jnp.full(like.shape, leaves[0])
-    return _rows(leaves, len(points))
+    return _rows(leaves, len(like))
 
 
 class Oracle(eqx.Module):
@@ -156,6 +156,9 @@ class Oracle(eqx.Module):
             numbers = {k: v[start:stop] for k, v in table.items()}
             at = lambda v, x, c=c: self.operate(c.operator, v, x)
             found = _rows(jax.vmap(at)(numbers, c.points), len(c.points))
+            if c.quadrature is not None:
+                parts = found.reshape(*c.quadrature.shape, -1)
+                found = jnp.einsum("iq,iqs->is", c.quadrature, parts)
             out.append(found - _target(c.target, found, c.points))
             start = stop
         return out
@@ -538,6 +541,50 @@ def _pendulum() -> Example:
     return Example(make, theta, {"": ((), (0, 0))}, other, 3 * jnp.cos(5 * other[:, 0]))
 
 
+class Riccati(eqx.Module):
+    strength: Any
+
+    def __call__(self, u, x):
+        return u.d(0) + self.strength * u.value**2
+
+
+def _averages() -> Example:
+    # Measured averages of a nonlinear function of the unknown and its derivative.
+    starts, offsets = jnp.linspace(0.0, 0.6, 3), jnp.linspace(0.0, 0.4, 4)
+    windows = (starts[:, None] + offsets[None, :])[:, :, None]
+    theta = dict(
+        lengthscale=jnp.asarray(0.5),
+        strength=jnp.asarray(8.0),
+        quadrature=jnp.asarray([0.1, 0.4, 0.3, 0.2]),
+        averages=jnp.asarray([1.5, 2.5, 1.0]),
+        windows=windows,
+        noise=jnp.asarray(0.3),
+    )
+
+    def make(theta):
+        points = jnp.linspace(0.0, 1.0, 5)[:, None]
+        ode = eb.Condition(Riccati(theta["strength"]), points, 1.0, noise=1.0)
+        data = eb.Condition(
+            lambda u, x: jnp.exp(u.value) + 0.3 * u.d(0) * x[0],
+            theta["windows"],
+            theta["averages"],
+            quadrature=theta["quadrature"],
+            noise=theta["noise"],
+        )
+        start = eb.Condition(
+            lambda u, x: u.value**2 + u.value,
+            theta["windows"][:1],
+            0.3,
+            quadrature=theta["quadrature"],
+            nugget=0.02,
+        )
+        kernel = 2.0 * eb.Gaussian(theta["lengthscale"])
+        return eb.GaussianProcess(kernel, 0.2), [ode, data, start]
+
+    other = jnp.linspace(0.05, 0.95, 6)[:, None]
+    return Example(make, theta, {"": ((), (0,))}, other, jnp.ones(6))
+
+
 class Arctan(eqx.Module):
     # Newton's method diverges from where this is flat.
     def __call__(self, u, x):
@@ -602,6 +649,7 @@ strong = _elliptic(4.0, 2.0, 3.0, None, 0.4)
 additive = _additive()
 burgers = _burgers()
 pendulum = _pendulum()
+averages = _averages()
 coupled = _coupled()
 eikonal = _eikonal()
 
@@ -611,6 +659,7 @@ examples = dict(
     additive=additive,
     burgers=burgers,
     pendulum=pendulum,
+    averages=averages,
     coupled=coupled,
     eikonal=eikonal,
 )

@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from .helpers import (
     additive,
+    averages,
     burgers,
     central_difference,
     dot,
@@ -24,7 +25,9 @@ from .helpers import (
 
 
 # The spectral radius is 0.4 to 0.7 in all of them.
-examples = dict(additive=additive, burgers=burgers, pendulum=pendulum)
+examples = dict(
+    additive=additive, burgers=burgers, pendulum=pendulum, averages=averages
+)
 
 tight = eb.GaussNewton(rtol=1e-13, atol=1e-13)
 implicit, frozen = eb.FixedPointAdjoint(), eb.FrozenAdjoint()

@@ -28,16 +28,18 @@ class Block(eqx.Module):
     # `q` functionals at each of `n` points, each a combination of the same `p` entries
     # of the unknowns' jets there. Functionals are counted point by point.
     # Without coefficients they are those entries themselves.
+    # Of as many points in a row as `sum_over` says, they are added up.
     points: Float[Array, "n d"]
     coefficients: Float[Array, "n q p"] | None
     jets: Jets = eqx.field(static=True)
     # What `one_sides` gives for these points, and for these jets or more. Default: it
     # is computed wherever it is needed.
     sides: dict[str, Any] | None = None
+    sum_over: int = eqx.field(static=True, default=1)
 
     @property
     def size(self) -> int:
-        return self.points.shape[0] * self.at_each
+        return self.points.shape[0] // self.sum_over * self.at_each
 
     @property
     def at_each(self) -> int:
@@ -209,12 +211,19 @@ def _block_matrix(kernels: Kernels, left: Block, right: Block) -> Float[Array, "
     fn = lambda kernels, *sides: _covariances(kernels, left, right, *sides)
     out = _map_pairs(fn, kernels, _side(kernels, left), _side(kernels, right))
     out = jnp.stack([jnp.stack(row, axis=-1) for row in out], axis=1)  # (n, q, m, r)
+    if left.sum_over > 1:
+        out = out.reshape(-1, left.sum_over, *out.shape[1:]).sum(axis=1)
+    if right.sum_over > 1:
+        n, q, _, r = out.shape
+        out = out.reshape(n, q, -1, right.sum_over, r).sum(axis=3)
     return out.reshape(left.size, right.size)
 
 
 def _block_product(kernels: Kernels, left: Block, right: Block, vector):
     # With weights for the entries of the jets instead of the functionals.
-    weights = vector.reshape(right.points.shape[0], right.at_each)
+    weights = vector.reshape(-1, right.at_each)
+    if right.sum_over > 1:
+        weights = jnp.repeat(weights, right.sum_over, axis=0)
     if right.coefficients is not None:
         weights = jnp.einsum("nq,nqp->np", weights, right.coefficients)
     fn = lambda kernels, *sides: _products(kernels, left, right, *sides)
@@ -222,7 +231,10 @@ def _block_product(kernels: Kernels, left: Block, right: Block, vector):
     out = _map_pairs(
         fn, kernels, *sides, reduce=lambda x: x @ jnp.ones(x.shape[1], x.dtype)
     )
-    return jnp.stack(out, axis=1).reshape(left.size)
+    out = jnp.stack(out, axis=1)
+    if left.sum_over > 1:
+        out = out.reshape(-1, left.sum_over, left.at_each).sum(axis=1)
+    return out.reshape(left.size)
 
 
 def covariance(
@@ -265,8 +277,20 @@ def variances(kernels: Kernels, blocks: Sequence[Block]) -> Float[Array, " m"]:
     # The diagonal of `covariance(kernels, blocks, blocks)`.
     out = []
     for block in blocks:
+        if block.sum_over > 1:
+            out.append(_variances_of_sums(kernels, block))
+            continue
         side = _side(kernels, block)
         table = _covariances(kernels, block, block, side, side)
         each = [row[q] for q, row in enumerate(table)]
         out.append(jnp.stack(each, axis=1).reshape(block.size))
     return jnp.concatenate(out)
+
+
+def _variances_of_sums(kernels: Kernels, block: Block) -> Float[Array, " m"]:
+    # One small matrix for each sum.
+    def of_one(part: Block):
+        return jnp.diagonal(_block_matrix(kernels, part, part))
+
+    split = lambda x: x.reshape(-1, block.sum_over, *x.shape[1:])
+    return jax.lax.map(of_one, jax.tree.map(split, block)).reshape(block.size)

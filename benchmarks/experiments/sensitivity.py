@@ -1,0 +1,209 @@
+"""What matters? One choice at a time, the others as they are by default.
+
+    python benchmarks/experiments/sensitivity.py            # prints a table
+    python benchmarks/experiments/sensitivity.py nugget     # of some of the choices
+    python benchmarks/experiments/sensitivity.py --keep     # writes the results kept
+
+The problems are the elliptic one with a Gaussian kernel, and Burgers' equation and the
+eikonal one with a network, all at 300 + 100 points. Each choice is run with three seeds
+of points and networks.
+"""
+
+import functools as ft
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import burgers
+import deep_burgers
+import eikonal
+import elliptic
+import equinox as eqx
+import eqx_bilevel as eb
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+from reporting import errors, study
+
+
+class Problem(NamedTuple):
+    module: Any
+    box: eb.Box
+    kernel: Callable
+    steps: int
+
+
+def network(key, scale=0.25, out=2, width=50, depth=2):
+    return eb.Gibbs(eb.LengthscaleNetwork(2, out, width, depth, scale, key=key))
+
+
+problems = dict(
+    elliptic=Problem(elliptic, elliptic.square, lambda key: eb.Gaussian(0.3), 60),
+    burgers=Problem(burgers, burgers.space_time, network, 150),
+    eikonal=Problem(eikonal, eikonal.square, eikonal.kernel, 150),
+)
+
+
+#
+# Choices: each changes what `learn` is called with
+#
+
+
+class Stated(NamedTuple):
+    kernel: eb.AbstractKernel
+    conditions: list[eb.Condition]
+    objective: eb.ValidationResidual
+    options: dict[str, Any]
+
+
+def kernel(make):
+    return lambda stated, key: stated._replace(kernel=make(key))
+
+
+def nugget(value):
+    def change(stated, key):
+        new = jnp.array(value) if isinstance(value, float) else value
+        where, none = lambda c: c.nugget, lambda x: x is None
+        conditions = [
+            eqx.tree_at(where, c, new, is_leaf=none) for c in stated.conditions
+        ]
+        return stated._replace(conditions=conditions)
+
+    return change
+
+
+def validation(points=None, weight=None):
+    def change(stated, key):
+        old = stated.objective
+        chosen = old.points if points is None else points(key)
+        kept = old.misfit_weight if weight is None else weight
+        objective = eb.ValidationResidual(chosen, misfit_weight=kept)
+        return stated._replace(objective=objective)
+
+    return change
+
+
+def option(**new):
+    return lambda stated, key: stated._replace(options=stated.options | new)
+
+
+def choices(problem):
+    default, box = option(), problem.box
+    some = lambda n, method="sobol": validation(
+        lambda key: box.interior(n, key=key, method=method)
+    )
+    kernels = {
+        "Gaussian": kernel(lambda key: eb.Gaussian(0.3)),
+        "Gaussian, per dimension": kernel(lambda key: eb.Gaussian([0.3, 0.3])),
+        "Matern 9/2": kernel(lambda key: eb.Matern([0.3, 0.3], 4.5)),
+        "Matern 13/2": kernel(lambda key: eb.Matern([0.3, 0.3], 6.5)),
+        "rational quadratic": kernel(lambda key: eb.RationalQuadratic([0.3, 0.3])),
+        "Gibbs, one length": kernel(lambda key: network(key, out="scalar")),
+        "Gibbs, per dimension": kernel(network),
+        "deep": kernel(deep_burgers.kernel),
+    }
+    nuggets = {
+        "automatic": nugget(None),
+        "1e-12": nugget(1e-12),
+        "1e-10": nugget(1e-10),
+        "1e-8": nugget(1e-8),
+        "1e-6": nugget(1e-6),
+        "learned, from 1e-4": nugget(eb.Positive(1e-4)),
+    }
+    points = {
+        "300, Sobol": default,
+        "50": some(50),
+        "100": some(100),
+        "1000": some(1000),
+        "300, random": some(300, "random"),
+        "17 x 17, grid": some(17, "grid"),
+    }
+    misfits = {f"{w:g}": validation(weight=w) for w in (1e4, 1.0, 0.0)}
+    optimisers = {
+        "BoundedBFGS": default,
+        "Adam, 1e-3": option(optimiser=optax.adam(1e-3)),
+        "Adam, 1e-2": option(optimiser=optax.adam(1e-2)),
+        "BFGS": option(optimiser=optx.BFGS(1e-5, 1e-5)),
+        "frozen gradient": option(gradient="frozen"),
+        "without scale search": option(scale_search=False),
+    }
+    networks = {
+        f"{depth} x {width}": kernel(ft.partial(network, width=width, depth=depth))
+        for depth, width in ((2, 50), (1, 50), (3, 50), (2, 10), (2, 25), (2, 100))
+    }
+    found = dict(kernel=kernels, nugget=nuggets, misfit=misfits)
+    if problem.module is not eikonal:
+        found |= dict(optimiser=optimisers, validation=points)
+    if problem.module is elliptic:
+        levenberg = optx.LevenbergMarquardt(1e-3, 1e-3)
+        optimisers["Levenberg-Marquardt"] = option(optimiser=levenberg)
+    if problem.module is burgers:
+        found["network"] = networks
+    return found
+
+
+kinds = ("kernel", "nugget", "optimiser", "validation", "misfit", "network")
+
+
+#
+# Running
+#
+
+
+def run(name, kind, choice, seed, n=300, steps=None):
+    module, _, kernel, most_steps = problem = problems[name]
+    points_key, network_key, other_key = jax.random.split(jax.random.key(seed), 3)
+    options = dict(steps=steps or most_steps, throw=False)
+    stated = Stated(kernel(network_key), *module.stated(points_key, n), options)
+    key = network_key if kind in ("kernel", "network") else other_key
+    stated = choices(problem)[kind][choice](stated, key)
+    prior = eb.GaussianProcess(stated.kernel)
+    began = time.perf_counter()
+    learned = eb.learn(prior, stated.conditions, stated.objective, **stated.options)
+    return dict(
+        problem=name,
+        kind=kind,
+        choice=choice,
+        seed=seed,
+        error=errors(module.compare(learned.solution))["u"],
+        objective=float(learned.objective),
+        converged=bool(learned.solution.result == eb.RESULTS.successful),
+        steps=len(learned.history["objective"]),
+        seconds=round(time.perf_counter() - began, 1),
+    )
+
+
+def table(rows):
+    names = list(dict.fromkeys(row["problem"] for row in rows))
+    header = "| | " + " | ".join(f"{name} | worst | seconds" for name in names)
+    lines = [header + " |", "|---" * (1 + 3 * len(names)) + "|"]
+    for kind, choice in dict.fromkeys((row["kind"], row["choice"]) for row in rows):
+        cells = [f"{kind}: {choice}"]
+        for name in names:
+            case = (name, kind, choice)
+            some = [
+                r for r in rows if (r["problem"], r["kind"], r["choice"]) == case
+            ]
+            error = np.nan_to_num([r["error"]["rms"] for r in some], nan=np.inf)
+            seconds = [r["seconds"] for r in some]
+            cells += (
+                [f"{np.median(error):.1e}", f"{max(error):.1e}", f"{min(seconds):.0f}"]
+                if some
+                else [""] * 3
+            )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def rows(kinds, seeds=3):
+    for kind in kinds:
+        for name, problem in problems.items():
+            for choice in choices(problem).get(kind, ()):
+                for seed in range(seeds):
+                    yield run(name, kind, choice, seed)
+
+
+if __name__ == "__main__":
+    study("sensitivity", __doc__, kinds, rows, table)

@@ -1,0 +1,227 @@
+"""Objectives that judge a solution where its conditions were not imposed."""
+
+from collections.abc import Callable, Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
+
+from ._condition import as_points, as_target, Condition, is_concrete
+from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
+from ._parameters import unwrap
+from ._problem import find_condition, target_array
+from ._solution import Solution
+
+
+class ValidationResidual(AbstractLeastSquaresObjective):
+    """How well a condition holds at points where it was not imposed; and how well all
+    conditions hold where they were.
+
+    The first is half the sum of the squares of operator minus target, as in the paper
+    ([arXiv:2510.05568](https://arxiv.org/abs/2510.05568)). The second is likewise, of
+    the conditions without noise at their own points, times `misfit_weight`. It is
+    negligible unless the prior is so stiff that the nugget outweighs the conditions:
+    then the first can be small for a function that ignores its boundary values. See
+    [the method](../method.md#the-outer-problem).
+    """
+
+    points: Float[Array, "n d"]
+    target: PyTree | None
+    misfit_weight: float = eqx.field(static=True)
+    condition: str | None = eqx.field(static=True)
+    batch_size: int | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        points: ArrayLike,
+        condition: str | None = None,
+        *,
+        target: PyTree | None = None,
+        batch_size: int | None = None,
+        misfit_weight: float | int = 1e4,
+    ):
+        if not 0 <= misfit_weight < np.inf:
+            raise ValueError(
+                "`misfit_weight` must be a finite non-negative number, got "
+                f"{misfit_weight}."
+            )
+        self.points = as_points(points)
+        self.target = as_target(target)
+        self.misfit_weight = float(misfit_weight)
+        self.condition = condition
+        n = len(self.points)
+        if batch_size is not None and not 1 <= batch_size <= n:
+            raise ValueError(
+                "`batch_size` must be between 1 and the number of points, which is "
+                f"{n}, got {batch_size}."
+            )
+        self.batch_size = None if batch_size == n else batch_size
+
+    def residuals(self, solution: Solution) -> Float[Array, " r"]:
+        condition = self._find(solution.conditions)
+        target = condition.target if self.target is None else self.target
+        found = solution._trace(unwrap(condition.operator), self.points)
+        values = solution.apply(condition.operator, self.points)
+        leaves = [
+            leaf.reshape(len(self.points), -1) for leaf in jax.tree.leaves(values)
+        ]
+        n, whose = len(self.points), "the validation"
+        wanted = target_array(unwrap(target), found, self.points, n, whose)
+        out = (jnp.concatenate(leaves, axis=1) - wanted).reshape(-1)
+        if self.misfit_weight == 0:
+            return out
+        return jnp.concatenate([out, self.misfit_weight**0.5 * solution._misfits()])
+
+    def readings(self, conditions: Sequence[Condition]):
+        return [(self._find(conditions).operator, self.points)]
+
+    def batch(self, key: PRNGKeyArray) -> AbstractObjective:
+        if self.batch_size is None:
+            return self
+        n = len(self.points)
+        chosen = jax.random.choice(key, n, (self.batch_size,), replace=False)
+        target = self.target
+        if not callable(target):
+            part = lambda t: t[chosen] if jnp.ndim(t) > 0 else t
+            target = jax.tree.map(part, target)
+        share = self.batch_size / n
+        weight = self.misfit_weight * share
+        points = self.points[chosen]
+        part = ValidationResidual(
+            points, self.condition, target=target, misfit_weight=weight
+        )
+        return part * (1 / share)
+
+    @property
+    def batched(self) -> bool:
+        return self.batch_size is not None
+
+    def check(self, conditions: Sequence[Condition]) -> None:
+        condition = self._find(conditions)
+        if self.points.shape[1] != condition.points.shape[1]:
+            raise ValueError(
+                f"The validation points have {self.points.shape[1]} dimension(s), but "
+                f"those of the conditions have {condition.points.shape[1]}."
+            )
+        if is_concrete(self.points) and is_concrete(condition.points):
+            fitted = set(map(tuple, np.asarray(condition.points).tolist()))
+            if fitted.issuperset(map(tuple, np.asarray(self.points).tolist())):
+                raise ValueError(
+                    "All validation points are points of the condition itself, where "
+                    "it holds for any hyperparameters. Use other points, for instance "
+                    "with another `key`."
+                )
+
+    def pooled(self, conditions: Sequence[Condition]) -> list[Condition]:
+        condition = self._find(conditions)
+        target = condition.target if self.target is None else self.target
+        at = lambda t, x: jax.vmap(t)(x) if callable(t) else t
+        n, m = len(condition.points), len(self.points)
+        both = jax.tree.map(
+            lambda a, b: jnp.concatenate([_each_point(a, n), _each_point(b, m)]),
+            at(condition.target, condition.points),
+            at(target, self.points),
+        )
+        points = jnp.concatenate([condition.points, self.points])
+        where = lambda c: (c.points, c.target)
+        more = eqx.tree_at(where, condition, (points, both))
+        return [more if c is condition else c for c in conditions]
+
+    def _find(self, conditions: Sequence[Condition]) -> Condition:
+        condition, name = find_condition(conditions, self.condition)
+        if condition.quadrature is not None:
+            raise ValueError(
+                f"Condition {name!r} is about averages, which are not known at points. "
+                "See `eqx_bilevel.CrossValidation`."
+            )
+        target = condition.target
+        known_at = () if callable(target) else jax.tree.leaves(target)
+        if self.target is None and any(jnp.ndim(t) > 0 for t in known_at):
+            raise ValueError(
+                f"The target of condition {name!r} is known at its own points only. "
+                "Make it a function of a point, or give `ValidationResidual` its own "
+                "`target`."
+            )
+        return condition
+
+
+def _each_point(target: Array, num_points: int) -> Array:
+    one = jnp.ndim(target) == 0
+    return jnp.full(num_points, target) if one else target
+
+
+def hold_out(
+    condition: Condition, share: float = 0.2, *, key: PRNGKeyArray
+) -> tuple[Condition, ValidationResidual]:
+    """Splits measured data at random: into a condition with most of the points, and an
+    objective that tells how well the others are predicted.
+
+    !!! example
+
+        ```python
+        data, held_out = eb.hold_out(data, key=key)
+        learned = eb.learn(prior, [equation, data], held_out)
+        ```
+
+    **Arguments:**
+
+    - `condition`: An [`eqx_bilevel.Condition`][], with a name.
+    - `share`: The share of points that are held out, between 0 and 1.
+    - `key`: A JAX random key.
+
+    **Returns:**
+
+    The condition with the other points, and a [`eqx_bilevel.ValidationResidual`][].
+
+    **Raises:**
+
+    A `ValueError` if the condition has no name, or if the share leaves one of the two
+    without points.
+    """
+    if condition.name is None:
+        raise ValueError("Give the condition a `name`, for the objective to find it.")
+    if condition.quadrature is not None:
+        raise ValueError("Averages cannot be held out. See `CrossValidation`.")
+    n = len(condition.points)
+    num = round(share * n)
+    if not 0 < num < n:
+        raise ValueError(
+            f"`share` must leave points on both sides: of {n} points, {share} are {num}."
+        )
+    order = jax.random.permutation(key, n)
+    held, kept = order[:num], order[num:]
+
+    def part(which):
+        target = condition.target
+        if not callable(target):
+            target = jax.tree.map(lambda t: t[which] if t.ndim else t, target)
+        return condition.points[which], target
+
+    where = lambda c: (c.points, c.target)
+    points, target = part(held)
+    objective = ValidationResidual(points, condition.name, target=target)
+    return eqx.tree_at(where, condition, part(kept)), objective
+
+
+ValidationResidual.__init__.__doc__ = """**Arguments:**
+
+- `points`: Validation points, of shape `(n, d)`.
+- `condition`: The name of the condition. Default: the first one.
+
+The remaining arguments are keyword-only.
+
+- `target`: What the operator equals at these points, as in an
+    [`eqx_bilevel.Condition`][]. Default: the condition's target, which must then be a
+    number or a function.
+- `batch_size`: How many of the points, drawn anew for each step, a stochastic optimiser
+    sees at a time. Default: all of them.
+- `misfit_weight`: The weight of what is left of the conditions at their own points.
+    Zero for the paper's objective.
+
+**Raises:**
+
+A `ValueError` if the batch size or the weight is not possible; and when it is
+evaluated, if there is no such condition or if its target is not known at these points.
+"""
