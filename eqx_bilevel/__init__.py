@@ -53,6 +53,10 @@ from ._quasi_newton import BoundedBFGS as BoundedBFGS
 from ._results import RESULTS as RESULTS
 from ._solution import Solution as Solution
 from ._solve import solve as solve
+from ._uncertainty import (
+    HyperparameterPosterior as HyperparameterPosterior,
+    laplace as laplace,
+)
 from ._validation import hold_out as hold_out, ValidationResidual as ValidationResidual
 from ._whitened import solve_whitened as solve_whitened
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._condition import Condition
+from ._left_out import left_out, log_determinant, number_of_folds
 from ._linearised import linearise
 from ._objectives import AbstractLeastSquaresObjective, AbstractWholeObjective
 from ._problem import find_condition
@@ -20,36 +21,6 @@ from ._solution import Solution
 
 
 _LOG_TWO_PI = math.log(2 * math.pi)
-
-
-#
-# Linear algebra, differentiated without going through a factorisation
-#
-
-
-@jax.custom_jvp
-def _inverse(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:
-    factor = jnp.linalg.cholesky(matrix)
-    eye = jnp.eye(len(matrix), dtype=matrix.dtype)
-    return jax.scipy.linalg.cho_solve((factor, True), eye)
-
-
-@_inverse.defjvp
-def _(primals, tangents):
-    inverse = _inverse(*primals)
-    return inverse, -inverse @ tangents[0] @ inverse
-
-
-@jax.custom_jvp
-def _log_determinant(matrix: Float[Array, "m m"]) -> Float[Array, ""]:
-    factor = jnp.linalg.cholesky(matrix)
-    return 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
-
-
-@_log_determinant.defjvp
-def _(primals, tangents):
-    change = jnp.vdot(_inverse(*primals), tangents[0])
-    return _log_determinant(*primals), change
 
 
 #
@@ -78,7 +49,7 @@ class NegativeLogEvidence(AbstractWholeObjective):
         rhs = linearise(solution._problem, solution._z).rhs
         matrix = solution._gram.as_matrix()
         constant = rhs.size * _LOG_TWO_PI
-        return 0.5 * (solution.weights @ rhs + _log_determinant(matrix) + constant)
+        return 0.5 * (solution.weights @ rhs + log_determinant(matrix) + constant)
 
     def check(self, conditions: Sequence[Condition]) -> None:
         del conditions
@@ -92,39 +63,11 @@ NegativeLogEvidence.__init__.__doc__ = """**Arguments:** none."""
 #
 
 
-def _number_of_folds(num: int | None, condition: Condition, name: str) -> int:
-    n = condition.num_targets
-    if num is not None and not (isinstance(num, int) and 2 <= num <= n):
-        raise ValueError(
-            f"`num_folds` must be an integer between 2 and the number of points of "
-            f"condition {name!r}, which is {n}, got {num}."
-        )
-    return n if num is None else num
-
-
 def _left_out(solution: Solution, condition: str | None, num_folds: int | None):
-    # For all folds of a size at once: the errors of predictions from all the rest, and
-    # the inverses of their covariances. With the inverse Gram matrix nothing has to be
-    # solved again: Rasmussen and Williams (2006), equations 5.10 to 5.12, by blocks.
     found, name = find_condition(solution.conditions, condition)
-    num = _number_of_folds(num_folds, found, name)
-    start = 0
-    for r in solution._problem.rows:
-        if r.name == name:
-            break
-        start += r.target.size
-    rows = start + jnp.arange(r.target.size).reshape(r.target.shape)
-    inverse, weights = _inverse(solution._gram.as_matrix()), solution.weights
-    n, q = rows.shape
-    larger = n % num  # So many folds have one point more.
-    for few, many, size in ((0, larger, n // num + 1), (larger, num, n // num)):
-        if few == many:
-            continue
-        chosen = jnp.stack([rows[i::num].reshape(-1) for i in range(few, many)])
-        assert chosen.shape == (many - few, size * q)
-        precisions = inverse[chosen[:, :, None], chosen[:, None, :]]
-        errors = jnp.linalg.solve(precisions, weights[chosen][..., None])[..., 0]
-        yield errors, precisions
+    num = number_of_folds(num_folds, found, name)
+    matrix, weights = solution._gram.as_matrix(), solution.weights
+    return left_out(solution._problem, matrix, weights, name, num)
 
 
 class CrossValidation(AbstractLeastSquaresObjective, AbstractWholeObjective):
@@ -146,9 +89,7 @@ class CrossValidation(AbstractLeastSquaresObjective, AbstractWholeObjective):
         return jnp.concatenate([errors.reshape(-1) for errors, _ in parts])
 
     def check(self, conditions: Sequence[Condition]) -> None:
-        _number_of_folds(
-            self.num_folds, *find_condition(conditions, self.condition)
-        )
+        number_of_folds(self.num_folds, *find_condition(conditions, self.condition))
 
 
 class NegativeLogPredictive(AbstractWholeObjective):
@@ -165,18 +106,14 @@ class NegativeLogPredictive(AbstractWholeObjective):
 
     def __call__(self, solution: Solution) -> Float[Array, ""]:
         total = jnp.zeros((), solution.weights.dtype)
-        for errors, precisions in _left_out(
-            solution, self.condition, self.num_folds
-        ):
+        for errors, precisions in _left_out(solution, self.condition, self.num_folds):
             squares = jnp.einsum("ki,kij,kj->", errors, precisions, errors)
-            determinants = jnp.sum(jax.vmap(_log_determinant)(precisions))
+            determinants = jnp.sum(jax.vmap(log_determinant)(precisions))
             total = total + squares - determinants + errors.size * _LOG_TWO_PI
         return 0.5 * total
 
     def check(self, conditions: Sequence[Condition]) -> None:
-        _number_of_folds(
-            self.num_folds, *find_condition(conditions, self.condition)
-        )
+        number_of_folds(self.num_folds, *find_condition(conditions, self.condition))
 
 
 _arguments = """**Arguments:**

@@ -26,11 +26,11 @@ from ._outer import (
     optimistix_init,
     optimistix_step,
     Outcome,
+    partition,
     scaled,
     Start,
     Task,
 )
-from ._parameters import AbstractParameter, learnable
 from ._quasi_newton import BoundedBFGS
 from ._results import RESULTS
 from ._scale import rescaled, search_scale, Tried
@@ -138,8 +138,9 @@ def learn(
         With `gradient="frozen"` and `max_inner_steps=1`, each outer step costs one
         linearised solve.
     - `rtol`, `patience`: Stop if the objective has not decreased by this much in that
-        many accepted steps: relatively if it is a sum of squares, and else absolutely. Default: 200 steps for Optax; for Optimistix 3, or 10 with
-        more than 20 hyperparameters.
+        many accepted steps: relatively if it is a sum of squares, and else absolutely.
+        Default: 200 steps for Optax; for Optimistix 3, or 10 with more than 20
+        hyperparameters.
     - `pool`: Whether the validation points join the conditions for the solution that is
         returned. It is solved for once more, with the same hyperparameters.
     - `key`: A JAX random key, for objectives with batches.
@@ -179,7 +180,7 @@ def learn(
     # The search may give a kernel a scale that it had not.
     one = jnp.ones_like(conditions[0].points[0])
     scaled = rescaled(prior, one) if scale_search else prior
-    learned_at_all, _ = _separate(scaled, conditions, task)
+    learned_at_all, _ = partition(scaled, conditions, task)
     optimiser = _optimiser(optimiser, learned_at_all, objective, bool(scale_search))
     record = _Record(verbose, objective)
     tried: list[Tried] = []
@@ -187,7 +188,7 @@ def learn(
         num = 8 if scale_search is True else scale_search
         record.note("Compiling the scale search.")
         prior, tried = _search(prior, conditions, task, num, record)
-    theta, task = _separate(prior, conditions, task)
+    theta, task = partition(prior, conditions, task)
     if patience is None:
         stochastic = isinstance(optimiser, optax.GradientTransformation)
         patience = 200 if stochastic else 3 if _size(theta) <= _FEW else 10
@@ -262,20 +263,6 @@ def _with_inner_steps(task: Task, num: int) -> Task:
 # often for the last solve, which starts where another ended.
 _FEW_INNER_STEPS = 10
 _MANY_INNER_STEPS = 100
-
-
-def _separate(prior, conditions, task: Task) -> tuple[PyTree, Task]:
-    # What is learned and what is not. In conditions only parameters are learned, and
-    # their points and targets are data.
-    is_parameter = lambda x: isinstance(x, AbstractParameter)
-    in_conditions = jax.tree.map(
-        lambda x: learnable(x) if is_parameter(x) else False,
-        conditions,
-        is_leaf=is_parameter,
-    )
-    spec = (learnable(prior), in_conditions)
-    theta, rest = eqx.partition((prior, conditions), spec)
-    return theta, eqx.tree_at(lambda t: t.rest, task, rest, is_leaf=lambda x: x is None)
 
 
 #
@@ -491,7 +478,7 @@ def _run_optimistix(optimiser, theta, task, start, steps):
 def _search(prior, conditions, task: Task, num: int, record: _Record):
     def value(lengths, candidate):
         few = _with_inner_steps(task, _FEW_INNER_STEPS)
-        theta, scaled = _separate(candidate, conditions, few)
+        theta, scaled = partition(candidate, conditions, few)
         _, outcome = evaluate(theta, scaled, cold_start(theta, scaled))
         record.add_search(lengths, outcome)
         objective = float(outcome.objective)

@@ -17,7 +17,7 @@ from ._gauss_newton import GaussNewton
 from ._hypergradient import differentiable
 from ._linearised import prior_z
 from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
-from ._parameters import unwrap
+from ._parameters import AbstractParameter, learnable, unwrap
 from ._results import RESULTS
 from ._solution import Solution
 from ._solve import initial_jitter, sanitised, solve_problem
@@ -49,7 +49,21 @@ class Outcome(eqx.Module):
     jitter: Float[Array, ""]
 
 
-def _solve_at(theta: PyTree, task: Task, start: Start) -> Solution:
+def partition(prior, conditions, task: Task) -> tuple[PyTree, Task]:
+    # What is learned and what is not. In conditions only parameters are learned, and
+    # their points and targets are data.
+    is_parameter = lambda x: isinstance(x, AbstractParameter)
+    in_conditions = jax.tree.map(
+        lambda x: learnable(x) if is_parameter(x) else False,
+        conditions,
+        is_leaf=is_parameter,
+    )
+    spec = (learnable(prior), in_conditions)
+    theta, rest = eqx.partition((prior, conditions), spec)
+    return theta, eqx.tree_at(lambda t: t.rest, task, rest, is_leaf=lambda x: x is None)
+
+
+def solve_at(theta: PyTree, task: Task, start: Start) -> Solution:
     prior, conditions = eqx.combine(theta, task.rest)
     problem, fault = sanitised(*unwrap((prior, conditions)))
     return solve_problem(
@@ -88,7 +102,7 @@ def _outcome(theta: PyTree, solution: Solution, objective: Array) -> Outcome:
 
 @eqx.filter_jit
 def evaluate(theta: PyTree, task: Task, start: Start) -> tuple[Solution, Outcome]:
-    solution = _solve_at(theta, task, start)
+    solution = solve_at(theta, task, start)
     return solution, _outcome(theta, solution, task.objective(solution))
 
 
@@ -152,7 +166,7 @@ class _Flat(eqx.Module):
         theta, task, start = args
         _, unravel = ravel_pytree(theta)
         here = jax.lax.stop_gradient(vector)
-        found = _solve_at(unravel(here), task, start)
+        found = solve_at(unravel(here), task, start)
 
         def residuals(v):
             theta = unravel(v)

@@ -23,10 +23,11 @@ from ._jets import (
     Trace,
     trace,
 )
+from ._left_out import left_out
 from ._linearised import block_product, curvatures, noise_variances
 from ._parameters import unwrap
 from ._pretty import named_doc
-from ._problem import jets_of, mean_functions, names_of, Problem
+from ._problem import find_condition, jets_of, mean_functions, names_of, Problem
 from ._representer import gram_solve, GramInverse, PosteriorCovariance
 from ._results import RESULTS
 from ._spectrum import extreme_eigenvalues, power_iteration
@@ -129,6 +130,26 @@ class Solution(eqx.Module):
         out = {k: v[0] if single else v for k, v in out.items()}
         return self._one_or_all(operator, out)
 
+    def covariance(
+        self, x: Float[ArrayLike, "n d"], operator: Callable | None = None
+    ) -> Float[Array, "m m"]:
+        """The posterior covariance matrix at many points, of the conditions linearised
+        at the solution.
+
+        **Arguments:**
+
+        - `x`: Points of shape `(n, d)`.
+        - `operator`: As for `std`.
+
+        **Returns:**
+
+        An array of shape `(n, n)`. With several unknowns and no `operator` one of shape
+        `(k n, k n)`, for all points of the first unknown, then of the second, and so
+        on.
+        """
+        x, _ = _points(x, self._problem)
+        return _covariance(self, self._operators(operator), x)
+
     def sample(
         self,
         x: Float[ArrayLike, "n d"],
@@ -161,6 +182,19 @@ class Solution(eqx.Module):
         not zero but noise times weights; at other points use `apply`.
         """
         return _residuals(self)
+
+    def standardised_errors(self, condition: str | None = None) -> Float[Array, "n q"]:
+        """By how many standard deviations each point's targets differ from what all
+        other points and conditions predict, for the conditions linearised at the
+        solution. If prior and noise are right, these are like draws from a standard
+        normal distribution: their mean square is about one. Errors that are too large
+        mean that the declared noise is too small, or that the model is wrong.
+
+        **Arguments:**
+
+        - `condition`: The name of the condition. Default: the first one.
+        """
+        return _standardised_errors(self, condition)
 
     def spectrum(self, num_products: int = 20) -> tuple[Array, Array]:
         """The smallest and largest eigenvalue of $\\partial T / \\partial z$ at the
@@ -321,18 +355,33 @@ def _std(solution: Solution, operator, x):
 
 
 @eqx.filter_jit
-def _sample(solution: Solution, operators, x, key, num_samples):
+def _covariance(solution: Solution, operators, x):
     kernels = solution._problem.kernels
     blocks = tuple(solution._linearised_block(op, x) for op in operators.values())
     rows = covariance(kernels, blocks, solution._functionals)
     solved = jax.vmap(solution._solve)(rows)
     posterior = covariance(kernels, blocks, blocks) - rows @ solved.T
+    return 0.5 * (posterior + posterior.T)
+
+
+@eqx.filter_jit
+def _sample(solution: Solution, operators, x, key, num_samples):
     mean = jnp.concatenate([_apply(solution, op, x) for op in operators.values()])
-    symmetric = 0.5 * (posterior + posterior.T)
+    posterior = _covariance(solution, operators, x)
     draws = jax.random.multivariate_normal(
-        key, mean, symmetric, (num_samples,), method="svd"
+        key, mean, posterior, (num_samples,), method="svd"
     )
     return dict(zip(operators, jnp.split(draws, len(operators), axis=1)))
+
+
+@eqx.filter_jit
+def _standardised_errors(solution: Solution, condition: str | None):
+    found, name = find_condition(solution.conditions, condition)
+    matrix, problem = solution._gram.as_matrix(), solution._problem
+    num = found.num_targets
+    ((errors, precisions),) = left_out(problem, matrix, solution.weights, name, num)
+    root = jnp.linalg.cholesky(precisions)
+    return jnp.einsum("nji,nj->ni", root, errors)
 
 
 @eqx.filter_jit

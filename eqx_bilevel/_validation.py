@@ -1,6 +1,6 @@
 """Objectives that judge a solution where its conditions were not imposed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
@@ -188,7 +188,7 @@ def hold_out(
     num = round(share * n)
     if not 0 < num < n:
         raise ValueError(
-            f"`share` must leave points on both sides: of {n} points, {share} are {num}."
+            f"`share` must leave points on both sides: {share} of {n} points are {num}."
         )
     order = jax.random.permutation(key, n)
     held, kept = order[:num], order[num:]

@@ -153,7 +153,9 @@ def _judgements(oracle, stated, y, w):
         fold = np.repeat(np.arange(n) % 5 == i, q)
         fold = np.concatenate([fold, np.zeros(len(rhs) - len(fold), bool)])
         rest = ~fold
-        across = jnp.linalg.solve(matrix[np.ix_(rest, rest)], matrix[np.ix_(rest, fold)])
+        across = jnp.linalg.solve(
+            matrix[np.ix_(rest, rest)], matrix[np.ix_(rest, fold)]
+        )
         error = rhs[fold] - across.T @ rhs[rest]
         left = matrix[np.ix_(fold, fold)] - matrix[np.ix_(fold, rest)] @ across
         squares += 0.5 * error @ error
@@ -279,7 +281,10 @@ def test_hold_out():
         (lambda data: eb.NegativeLogPredictive("data", 12), "which is 11, got 12"),
         (lambda data: eb.Objective(1.0), "must be a function"),
         (lambda data: eb.Objective(lambda s: s.weights), "one number"),
-        (lambda data: eb.hold_out(data, 0.01, key=jax.random.key(0))[1], "of 11 points"),
+        (
+            lambda data: eb.hold_out(data, 0.01, key=jax.random.key(0))[1],
+            "of 11",
+        ),
     ],
 )
 def test_mistakes(wrong, message):

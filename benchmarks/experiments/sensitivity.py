@@ -183,9 +183,7 @@ def table(rows):
         cells = [f"{kind}: {choice}"]
         for name in names:
             case = (name, kind, choice)
-            some = [
-                r for r in rows if (r["problem"], r["kind"], r["choice"]) == case
-            ]
+            some = [r for r in rows if (r["problem"], r["kind"], r["choice"]) == case]
             error = np.nan_to_num([r["error"]["rms"] for r in some], nan=np.inf)
             seconds = [r["seconds"] for r in some]
             cells += (
