@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._condition import Condition
-from ._left_out import left_out, log_determinant, number_of_folds
+from ._left_out import left_out, log_determinant
 from ._linearised import linearise
 from ._objectives import AbstractLeastSquaresObjective, AbstractWholeObjective
 from ._problem import find_condition
@@ -29,8 +29,12 @@ _LOG_TWO_PI = math.log(2 * math.pi)
 
 
 class NegativeLogEvidence(AbstractWholeObjective):
-    r"""The negative logarithm of the probability density of all conditions' targets,
-    given the hyperparameters, in Laplace's approximation:
+    r"""The negative logarithm of the probability density of what was measured, given
+    the hyperparameters, in Laplace's approximation. Minimising it weighs how well the
+    data are explained against how many other data would have been explained too, and so
+    can tell noise from signal.
+
+    Of all conditions' targets this is
 
     $$
     \tfrac12 \lVert u^* - m \rVert_k^2
@@ -38,24 +42,43 @@ class NegativeLogEvidence(AbstractWholeObjective):
     + \tfrac12 \log \det (2 \pi G),
     $$
 
-    with the Gram matrix of the conditions linearised at the solution $u^*$. It is exact
-    for linear conditions. Minimising it weighs how well data are explained against how
-    many other data would have been explained too, and so can tell noise from signal.
+    with the Gram matrix of the conditions linearised at the solution $u^*$; and of one
+    condition's targets given all others, with the covariance that the others leave in
+    the place of $G$. It is exact for linear conditions.
+
+    If there is a nonlinear equation that holds exactly then ask for the evidence of the
+    `condition` with the data. The density of the equation's own target is not what one
+    wants: it depends on how the equation is written, since multiplying that by any
+    function of the unknowns changes it, and with many collocation points it outweighs
+    the data.
 
     It needs $M^2$ memory.
     """
 
+    condition: str | None = eqx.field(static=True, default=None)
+
     def __call__(self, solution: Solution) -> Float[Array, ""]:
+        if self.condition is not None:
+            return _predictive(solution, self.condition, 1)
         rhs = linearise(solution._problem, solution._z).rhs
         matrix = solution._gram.as_matrix()
         constant = rhs.size * _LOG_TWO_PI
         return 0.5 * (solution.weights @ rhs + log_determinant(matrix) + constant)
 
     def check(self, conditions: Sequence[Condition]) -> None:
-        del conditions
+        if self.condition is not None:
+            find_condition(conditions, self.condition)
 
 
-NegativeLogEvidence.__init__.__doc__ = """**Arguments:** none."""
+NegativeLogEvidence.__init__.__doc__ = """**Arguments:**
+
+- `condition`: The name of the condition whose targets these are. Default: the targets
+    of all of them.
+
+**Raises:**
+
+A `ValueError` when it is used, if there is no such condition.
+"""
 
 
 #
@@ -65,9 +88,29 @@ NegativeLogEvidence.__init__.__doc__ = """**Arguments:** none."""
 
 def _left_out(solution: Solution, condition: str | None, num_folds: int | None):
     found, name = find_condition(solution.conditions, condition)
-    num = number_of_folds(num_folds, found, name)
+    num = found.num_targets if num_folds is None else num_folds
     matrix, weights = solution._gram.as_matrix(), solution.weights
     return left_out(solution._problem, matrix, weights, name, num)
+
+
+def _check_folds(num: int | None, condition: Condition, name: str) -> None:
+    n = condition.num_targets
+    if num is not None and not (isinstance(num, int) and 2 <= num <= n):
+        raise ValueError(
+            f"`num_folds` must be an integer between 2 and the number of targets of "
+            f"condition {name!r}, which is {n}, got {num}."
+        )
+
+
+def _predictive(
+    solution: Solution, condition: str | None, num_folds: int | None
+) -> Float[Array, ""]:
+    total = jnp.zeros((), solution.weights.dtype)
+    for errors, precisions in _left_out(solution, condition, num_folds):
+        squares = jnp.einsum("ki,kij,kj->", errors, precisions, errors)
+        determinants = jnp.sum(jax.vmap(log_determinant)(precisions))
+        total = total + squares - determinants + errors.size * _LOG_TWO_PI
+    return 0.5 * total
 
 
 class CrossValidation(AbstractLeastSquaresObjective, AbstractWholeObjective):
@@ -89,7 +132,7 @@ class CrossValidation(AbstractLeastSquaresObjective, AbstractWholeObjective):
         return jnp.concatenate([errors.reshape(-1) for errors, _ in parts])
 
     def check(self, conditions: Sequence[Condition]) -> None:
-        number_of_folds(self.num_folds, *find_condition(conditions, self.condition))
+        _check_folds(self.num_folds, *find_condition(conditions, self.condition))
 
 
 class NegativeLogPredictive(AbstractWholeObjective):
@@ -105,15 +148,10 @@ class NegativeLogPredictive(AbstractWholeObjective):
     num_folds: int | None = eqx.field(static=True, default=None)
 
     def __call__(self, solution: Solution) -> Float[Array, ""]:
-        total = jnp.zeros((), solution.weights.dtype)
-        for errors, precisions in _left_out(solution, self.condition, self.num_folds):
-            squares = jnp.einsum("ki,kij,kj->", errors, precisions, errors)
-            determinants = jnp.sum(jax.vmap(log_determinant)(precisions))
-            total = total + squares - determinants + errors.size * _LOG_TWO_PI
-        return 0.5 * total
+        return _predictive(solution, self.condition, self.num_folds)
 
     def check(self, conditions: Sequence[Condition]) -> None:
-        number_of_folds(self.num_folds, *find_condition(conditions, self.condition))
+        _check_folds(self.num_folds, *find_condition(conditions, self.condition))
 
 
 _arguments = """**Arguments:**

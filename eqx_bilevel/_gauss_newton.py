@@ -66,7 +66,7 @@ def _regress(problem, linearised, jitter, linear_solver) -> _Regression:
 
 
 # A full step's relative change below which the minimum is close.
-_NEARLY = 1e-2
+_NEARLY = 3e-2
 # So many steps without progress there are enough.
 _PATIENCE = 5
 

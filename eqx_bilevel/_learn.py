@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import optimistix as optx
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from ._adjoint import FixedPointAdjoint, FrozenAdjoint
 from ._condition import Condition, GaussianProcess, is_concrete
@@ -135,6 +135,7 @@ def learn(
         alone and against each other.
     - `solver`: The inner solver.
     - `max_inner_steps`: The largest number of Gauss-Newton steps for each outer step.
+        Five times as many are allowed once the optimiser stops where they ran out.
         With `gradient="frozen"` and `max_inner_steps=1`, each outer step costs one
         linearised solve.
     - `rtol`, `patience`: Stop if the objective has not decreased by this much in that
@@ -255,7 +256,7 @@ def _optimiser(optimiser, theta, objective, searched: bool) -> _Optimiser:
     return optimiser
 
 
-def _with_inner_steps(task: Task, num: int) -> Task:
+def _with_inner_steps(task: Task, num: ArrayLike) -> Task:
     return dataclasses.replace(task, max_inner_steps=jnp.asarray(num))
 
 
@@ -360,6 +361,7 @@ def _minimise(
     start = cold_start(theta, task)
     smallest = start.jitter
     few = _with_inner_steps(task, _FEW_INNER_STEPS)
+    patient = False
     if isinstance(optimiser, BoundedBFGS) and not searched:
         theta = _better_start(optimiser, theta, task, few, start)
     while True:
@@ -373,6 +375,10 @@ def _minimise(
             run = _run_optimistix(optimiser, theta, task, start, left)
         converged = _follow(run, record, rtol, patience, since)
         best = record.outcome
+        if not patient and len(record.rows) < steps and _ran_out(best):
+            patient, task = True, _with_inner_steps(task, 5 * task.max_inner_steps)
+            theta, start = best.theta, _warm(best, best.jitter)
+            continue
         improved = record.decreased(before, record.best, rtol)
         enough = len(record.rows) >= steps or not (converged and improved)
         if best is None or enough or best.jitter <= smallest:
@@ -383,6 +389,14 @@ def _minimise(
         theta, start = best.theta, _warm(outcome, outcome.jitter)
         if isinstance(optimiser, BoundedBFGS):  # It is close by now.
             optimiser = optimiser.with_max_length(0.1)
+
+
+def _ran_out(outcome: Outcome | None) -> bool:
+    # A gradient where the inner solve has not converged may point anywhere, and then no
+    # step is accepted.
+    if outcome is None:
+        return False
+    return bool(outcome.result == RESULTS.nonlinear_max_steps_reached)
 
 
 # So many steps of a factor of two are three orders of magnitude.

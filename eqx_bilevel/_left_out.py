@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._condition import Condition
 from ._problem import Problem
 
 
@@ -34,16 +33,6 @@ def log_determinant(matrix: Float[Array, "m m"]) -> Float[Array, ""]:
 def _(primals, tangents):
     change = jnp.vdot(inverse(*primals), tangents[0])
     return log_determinant(*primals), change
-
-
-def number_of_folds(num: int | None, condition: Condition, name: str) -> int:
-    n = condition.num_targets
-    if num is not None and not (isinstance(num, int) and 2 <= num <= n):
-        raise ValueError(
-            f"`num_folds` must be an integer between 2 and the number of points of "
-            f"condition {name!r}, which is {n}, got {num}."
-        )
-    return n if num is None else num
 
 
 def left_out(

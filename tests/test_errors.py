@@ -361,6 +361,32 @@ _wrong = {
         ),
         "`optimiser` must be an Optax optimiser.*got a str",
     ),
+    "function as objective": (
+        lambda: eb.Objective(1.0),  # pyright: ignore[reportArgumentType]
+        "`fn` must be a function of a solution, got 1.0",
+    ),
+    "quadrature shape": (
+        lambda: eb.Condition(_value, jnp.ones((3, 4, 1)), 1.0, quadrature=jnp.ones(3)),
+        r"shape \(4,\) or \(3, 4\), got \(3,\)",
+    ),
+    "quadrature points": (
+        lambda: eb.Condition(_value, grid, 1.0, quadrature=jnp.ones(5)),
+        r"shape `\(n, q, d\)`",
+    ),
+    "quadrature target": (
+        lambda: eb.Condition(
+            _value, jnp.ones((3, 4, 1)), lambda x: x[0], quadrature=jnp.ones(4)
+        ),
+        "`target` must be numbers",
+    ),
+    "quadrature validation": (
+        lambda: eb.learn(
+            _prior(),
+            [eb.Condition(_value, ends[None], 1.0, quadrature=jnp.ones(2), noise=0.1)],
+            eb.ValidationResidual(grid),
+        ),
+        "is about averages",
+    ),
     "max_inner_steps": (
         lambda: eb.learn(
             _prior(), data, eb.ValidationResidual(grid, "ends"), max_inner_steps=0
@@ -405,7 +431,7 @@ def check(case: str) -> None:
 # The tests' checks of annotations find these too, and first. They are tested without.
 _annotated = {"points of another kind", "prior", "kernel", "operator", "no condition"}
 _annotated |= {"one condition", "generator", "solver", "whitened solver"}
-_annotated |= {"objective", "optimiser", "axes in a tuple"}
+_annotated |= {"objective", "optimiser", "axes in a tuple", "function as objective"}
 
 
 @pytest.mark.parametrize("case", [case for case in _wrong if case not in _annotated])

@@ -97,6 +97,11 @@ def test_left_out_points_are_predicted_from_the_rest(num_folds):
         )
         evidence = eb.NegativeLogEvidence()
         density += evidence(eb.solve(*both)) - evidence(rest)
+    if num_folds is None:  # All of the data, given the rest.
+        start = eb.solve(_linear(targets)[0], _linear(targets)[1][:1])
+        found = eb.NegativeLogEvidence("data")(solution)
+        given = evidence(solution) - evidence(start)
+        np.testing.assert_allclose(found, given, rtol=1e-8)
     by_squares = eb.CrossValidation("data", num_folds)(solution)
     by_density = eb.NegativeLogPredictive("data", num_folds)(solution)
     np.testing.assert_allclose(by_squares, squares, rtol=1e-8)
@@ -135,6 +140,7 @@ objectives = dict(
     evidence=eb.NegativeLogEvidence(),
     squares=eb.CrossValidation(num_folds=5),
     density=eb.NegativeLogPredictive(num_folds=5),
+    given=eb.NegativeLogEvidence("conditions[0]"),
 )
 
 
@@ -149,8 +155,9 @@ def _judgements(oracle, stated, y, w):
     n = len(oracle.conditions[0].points)
     q = oracle.residuals(y)[0].size // n
     squares = density = 0.0
-    for i in range(5):
-        fold = np.repeat(np.arange(n) % 5 == i, q)
+    given = 0.0
+    for i in range(6):
+        fold = np.repeat((np.arange(n) % 5 == i) | (i == 5), q)
         fold = np.concatenate([fold, np.zeros(len(rhs) - len(fold), bool)])
         rest = ~fold
         across = jnp.linalg.solve(
@@ -158,10 +165,14 @@ def _judgements(oracle, stated, y, w):
         )
         error = rhs[fold] - across.T @ rhs[rest]
         left = matrix[np.ix_(fold, fold)] - matrix[np.ix_(fold, rest)] @ across
-        squares += 0.5 * error @ error
-        density += 0.5 * error @ jnp.linalg.solve(left, error)
-        density += 0.5 * jnp.linalg.slogdet(2 * jnp.pi * left)[1]
-    return jnp.stack([evidence, squares, density])
+        its_density = 0.5 * error @ jnp.linalg.solve(left, error)
+        its_density += 0.5 * jnp.linalg.slogdet(2 * jnp.pi * left)[1]
+        if i == 5:  # All of them.
+            given = its_density
+        else:
+            squares += 0.5 * error @ error
+            density += its_density
+    return jnp.stack([evidence, squares, density, given])
 
 
 @ft.cache
@@ -279,7 +290,6 @@ def test_hold_out():
         (lambda data: eb.CrossValidation("dat"), "about condition 'dat'"),
         (lambda data: eb.CrossValidation("data", 1), "between 2 and"),
         (lambda data: eb.NegativeLogPredictive("data", 12), "which is 11, got 12"),
-        (lambda data: eb.Objective(1.0), "must be a function"),
         (lambda data: eb.Objective(lambda s: s.weights), "one number"),
         (
             lambda data: eb.hold_out(data, 0.01, key=jax.random.key(0))[1],
