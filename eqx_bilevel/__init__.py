@@ -48,6 +48,7 @@ from ._parameters import (
     unwrap as unwrap,
     with_value as with_value,
 )
+from ._placement import farthest_points as farthest_points
 from ._points import AbstractDomain as AbstractDomain, Box as Box
 from ._quasi_newton import BoundedBFGS as BoundedBFGS
 from ._results import RESULTS as RESULTS

@@ -6,6 +6,7 @@ which puts a solution beside the truth on a test grid. Nothing is chosen by look
 the truth.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -56,6 +57,38 @@ def learned_from(prior, conditions, objective) -> Run:
     """Learns, with the defaults."""
     untrained = lambda: eb.solve(prior, conditions, throw=False)
     learned = eb.learn(prior, conditions, objective, throw=False)
+    return Run(untrained, learned.solution, learned)
+
+
+class Stage(NamedTuple):
+    """One value of a parameter, a number of points and of steps."""
+
+    value: float
+    n: int
+    steps: int
+
+
+def by_continuation(
+    prior: Any,
+    stated: Callable[..., tuple[list[eb.Condition], eb.AbstractObjective]],
+    stages: Sequence[Stage],
+) -> Run:
+    """Learns for one value of a parameter after the other, each time starting from the
+    kernel that was learned last. `stated(value, n, place)` is told how to choose points
+    from candidates: those that suit that kernel.
+    """
+    first = lambda candidates, n: candidates[:n]
+    conditions, _ = stated(stages[-1].value, stages[-1].n, first)
+    untrained = lambda: eb.solve(prior, conditions, throw=False)
+    stage, place = prior, first
+    for i, (value, n, steps) in enumerate(stages):
+        options = dict(steps=steps, scale_search=i == 0, throw=False)
+        learned = eb.learn(stage, *stated(value, n, place), **options)
+        stage, kernel = learned.prior, learned.prior.kernel
+        place = lambda candidates, n, kernel=kernel: eb.farthest_points(
+            candidates, kernel, n
+        )
+        print(f"{value:.3e}: {float(learned.objective):.1e}", file=sys.stderr)
     return Run(untrained, learned.solution, learned)
 
 

@@ -201,6 +201,7 @@ def rows(kinds, seeds=3):
             for choice in choices(problem).get(kind, ()):
                 for seed in range(seeds):
                     yield run(name, kind, choice, seed)
+                jax.clear_caches()  # Programs take memory, and these are many.
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""The Allen-Cahn equation with layers that get sharp: by continuation in the diffusion.
+
+Solutions are even and periodic in x, so that half of the domain is enough: there are no
+slopes at its ends.
+"""
+
+import equinox as eqx
+import eqx_bilevel as eb
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import by_continuation, Published, Stage, tensor_grid, value
+from references import allen_cahn as reference
+
+
+title = "Allen-Cahn, by continuation"
+# Relative errors of neural networks: 2e-5 and 3.5e-6 at best.
+published = Published({})
+
+diffusion = 1e-4
+half = eb.Box([0.0, 0.0], [1.0, 1.0])
+t, x = np.linspace(0, 1, 101), np.linspace(0, 1, 129)
+on_grid = tensor_grid(t, x)
+
+
+class AllenCahn(eqx.Module):
+    diffusion: jax.Array
+
+    def __call__(self, u, x):
+        return u.d(0) - self.diffusion * u.d(1, 1) - 5 * u.value + 5 * u.value**3
+
+
+def slope(u, x):
+    return u.d(1)
+
+
+def start(x):
+    return x[1] ** 2 * jnp.cos(jnp.pi * x[1])
+
+
+def stated(key, diffusion, n, place):
+    keys = jax.random.split(key, 4)
+    interior, validation = [
+        place(half.interior(16 * n, key=key), n) for key in keys[:2]
+    ]
+    early = place(half.face(0, "lower", 2048, key=keys[2]), n // 6)
+    ends = [
+        place(half.face(1, side, 2048, key=keys[3]), n // 12)
+        for side in ("lower", "upper")
+    ]
+    conditions = [
+        eb.Condition(AllenCahn(jnp.asarray(diffusion)), interior),
+        eb.Condition(value, early, start),
+        eb.Condition(slope, jnp.concatenate(ends)),
+    ]
+    return conditions, eb.ValidationResidual(validation)
+
+
+def run(key, n=900, num=9, steps=(150, 80, 40)):
+    key, network_key = jax.random.split(key)
+    first, others, last = steps
+    values = np.geomspace(1e-2, diffusion, num)
+    stages = [Stage(v, n, others) for v in values[1:]]
+    stages = [Stage(values[0], n // 3, first), *stages, Stage(diffusion, 2 * n, last)]
+    kernel = eb.Gibbs(eb.LengthscaleNetwork(2, 2, scale=0.25, key=network_key))
+    prior = eb.GaussianProcess(kernel)
+    return by_continuation(prior, lambda *a: stated(key, *a), stages)
+
+
+def compare(solution):
+    return {"u": (on_grid(solution), reference(t, x))}
