@@ -1,4 +1,5 @@
-"""The Allen-Cahn equation with layers that get sharp: by continuation in the diffusion.
+"""The Allen-Cahn equation with layers that get sharp: by continuation in the strength of
+its reaction.
 
 Solutions are even and periodic in x, so that half of the domain is enough: there are no
 slopes at its ends.
@@ -17,17 +18,18 @@ title = "Allen-Cahn, by continuation"
 # Relative errors of neural networks: 2e-5 and 3.5e-6 at best.
 published = Published({})
 
-diffusion = 1e-4
+strength = 5.0
 half = eb.Box([0.0, 0.0], [1.0, 1.0])
 t, x = np.linspace(0, 1, 101), np.linspace(0, 1, 129)
 on_grid = tensor_grid(t, x)
 
 
 class AllenCahn(eqx.Module):
-    diffusion: jax.Array
+    strength: jax.Array
 
     def __call__(self, u, x):
-        return u.d(0) - self.diffusion * u.d(1, 1) - 5 * u.value + 5 * u.value**3
+        reaction = u.value - u.value**3
+        return u.d(0) - 1e-4 * u.d(1, 1) - self.strength * reaction
 
 
 def slope(u, x):
@@ -38,7 +40,7 @@ def start(x):
     return x[1] ** 2 * jnp.cos(jnp.pi * x[1])
 
 
-def stated(key, diffusion, n, place):
+def stated(key, strength, n, place):
     keys = jax.random.split(key, 4)
     interior, validation = [
         place(half.interior(16 * n, key=key), n) for key in keys[:2]
@@ -49,19 +51,19 @@ def stated(key, diffusion, n, place):
         for side in ("lower", "upper")
     ]
     conditions = [
-        eb.Condition(AllenCahn(jnp.asarray(diffusion)), interior),
+        eb.Condition(AllenCahn(jnp.asarray(strength)), interior),
         eb.Condition(value, early, start),
         eb.Condition(slope, jnp.concatenate(ends)),
     ]
     return conditions, eb.ValidationResidual(validation)
 
 
-def run(key, n=900, num=9, steps=(150, 80, 40)):
+def run(key, n=900, num=7, steps=(150, 80, 40)):
     key, network_key = jax.random.split(key)
     first, others, last = steps
-    values = np.geomspace(1e-2, diffusion, num)
+    values = np.linspace(1.0, strength, num)
     stages = [Stage(v, n, others) for v in values[1:]]
-    stages = [Stage(values[0], n // 3, first), *stages, Stage(diffusion, 2 * n, last)]
+    stages = [Stage(values[0], n // 3, first), *stages, Stage(strength, 2 * n, last)]
     kernel = eb.Gibbs(eb.LengthscaleNetwork(2, 2, scale=0.25, key=network_key))
     prior = eb.GaussianProcess(kernel)
     return by_continuation(prior, lambda *a: stated(key, *a), stages)

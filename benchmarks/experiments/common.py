@@ -38,6 +38,10 @@ def value(u, x):
     return u.value
 
 
+def value_of(name):
+    return lambda u, x: u[name].value
+
+
 def values(u, x):
     return {name: each.value for name, each in u.items()}
 

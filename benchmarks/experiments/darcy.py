@@ -8,6 +8,7 @@ import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import value_of
 from references import darcy, darcy_log_permeability
 
 
@@ -20,10 +21,6 @@ def balance(u, x):
     # -div(exp(a) grad u) = 1, divided by exp(a).
     a, u = u["a"], u["u"]
     return -u.laplacian - a.grad @ u.grad - jnp.exp(-a.value)
-
-
-def pressure(u, x):
-    return u["u"].value
 
 
 def prior():
@@ -41,14 +38,12 @@ def stated(key, n=400, num_data=60, declared=None, nugget=None):
     error = noise * jax.random.normal(keys[1], (num_data,))
     data = jnp.asarray(darcy(np.asarray(points))) + error
     declared = eb.Positive(noise) if declared is None else declared
-    interior, edge = (
-        square.interior(n, key=keys[2]),
-        square.boundary(n // 4, key=keys[3]),
-    )
+    interior = square.interior(n, key=keys[2])
+    edge = square.boundary(n // 4, key=keys[3])
     return [
         eb.Condition(balance, interior, nugget=nugget, name="balance"),
-        eb.Condition(pressure, edge, nugget=nugget, name="edge"),
-        eb.Condition(pressure, points, data, noise=declared, name="data"),
+        eb.Condition(value_of("u"), edge, nugget=nugget, name="edge"),
+        eb.Condition(value_of("u"), points, data, noise=declared, name="data"),
     ]
 
 

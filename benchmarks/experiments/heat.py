@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
+from common import value_of
 
 
 title = "Heat equation, diffusion coefficient"
@@ -27,10 +28,6 @@ def heat(u, x):
     return u["u"].d(0) - jnp.exp(u["log_diffusion"].value) * u["u"].d(1, 1)
 
 
-def temperature(u, x):
-    return u["u"].value
-
-
 def start(x):
     begin = jnp.sin(jnp.pi * x[1]) + 0.5 * jnp.sin(3 * jnp.pi * x[1])
     return jnp.where(x[0] == 0, begin, 0.0)
@@ -38,7 +35,7 @@ def start(x):
 
 def prior():
     # The coefficient lies between 0.003 and 20 with a probability of 0.95.
-    log_diffusion = eb.GaussianProcess(eb.Frozen(eb.Constant(5.0)), eb.Frozen(-1.4))
+    log_diffusion = eb.GaussianProcess(eb.Constant(eb.Frozen(5.0)), eb.Frozen(-1.4))
     return {
         "u": eb.GaussianProcess(eb.Scaled(eb.Gaussian([0.5, 0.5]), 1.0)),
         "log_diffusion": log_diffusion,
@@ -59,8 +56,10 @@ def stated(key, n=200):
     edge = box.boundary(n // 4, faces=faces, key=keys[2])
     return [
         eb.Condition(heat, box.interior(n, key=keys[1]), name="heat"),
-        eb.Condition(temperature, edge, start, name="edge"),
-        eb.Condition(temperature, points, data, noise=eb.Positive(noise), name="data"),
+        eb.Condition(value_of("u"), edge, start, name="edge"),
+        eb.Condition(
+            value_of("u"), points, data, noise=eb.Positive(noise), name="data"
+        ),
     ]
 
 

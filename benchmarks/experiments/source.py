@@ -4,6 +4,7 @@ import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import value_of
 
 
 title = "Poisson's equation, source"
@@ -28,10 +29,6 @@ def poisson(u, x):
     return -u["u"].laplacian - u["f"].value
 
 
-def height(u, x):
-    return u["u"].value
-
-
 def prior():
     kernel = lambda variance: eb.Scaled(eb.Gaussian(0.5), variance)
     return {
@@ -48,8 +45,10 @@ def stated(key, n=200, num=60):
     edge = square.boundary(n // 4, key=keys[3])
     return [
         eb.Condition(poisson, square.interior(n, key=keys[2]), name="poisson"),
-        eb.Condition(height, edge, name="edge"),
-        eb.Condition(height, points, data, noise=eb.Positive(noise), name="data"),
+        eb.Condition(value_of("u"), edge, name="edge"),
+        eb.Condition(
+            value_of("u"), points, data, noise=eb.Positive(noise), name="data"
+        ),
     ]
 
 

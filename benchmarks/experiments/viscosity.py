@@ -16,7 +16,7 @@ from references import burgers as reference
 
 
 title = "Burgers, viscosity"
-noise, viscosity = 0.02, 0.05
+noise, viscosity = 0.02, 0.1
 
 
 class Burgers(eqx.Module):
@@ -36,14 +36,14 @@ def prior():
     return eb.GaussianProcess(eb.Scaled(eb.Gaussian([0.5, 0.3]), 1.0))
 
 
-def stated(key, n=300, num=40):
+def stated(key, n=400, num=40):
     keys = jax.random.split(key, 4)
     points = space_time.interior(num, key=keys[0])
     error = noise * jax.random.normal(keys[1], (num,))
     data = jnp.asarray(exact(points, viscosity)) + error
     faces = [(0, "lower"), (1, "lower"), (1, "upper")]
     edge = space_time.boundary(n // 4, faces=faces, key=keys[3])
-    equation = Burgers(eb.Positive(0.1))
+    equation = Burgers(eb.Positive(0.2))
     return [
         eb.Condition(equation, space_time.interior(n, key=keys[2]), name="equation"),
         eb.Condition(value, edge, start, name="edge"),
@@ -60,7 +60,7 @@ def most_likely(condition):
     """By the exact solution, for the same data."""
     data = np.asarray(condition.target)
     misfit = lambda log: np.sum((exact(condition.points, np.exp(log)) - data) ** 2)
-    found = scipy.optimize.minimize_scalar(misfit, bounds=(-4, -1.5), method="bounded")
+    found = scipy.optimize.minimize_scalar(misfit, bounds=(-4, -1), method="bounded")
     return {"log_viscosity": float(found.x)}
 
 
