@@ -4,6 +4,7 @@ import importlib
 import pathlib
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,10 +13,12 @@ benchmarks = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(benchmarks / "experiments"))
 
 import breadth  # pyright: ignore[reportMissingImports]
+import inverse  # pyright: ignore[reportMissingImports]
 import linearisation  # pyright: ignore[reportMissingImports]
 import reporting  # pyright: ignore[reportMissingImports]
 import robustness  # pyright: ignore[reportMissingImports]
 import run  # pyright: ignore[reportMissingImports]
+import sensitivity  # pyright: ignore[reportMissingImports]
 
 
 # The number of points and the largest error that is allowed for each unknown.
@@ -77,6 +80,30 @@ def test_linearisation():
     assert len(linearisation.table([mild, strong]).splitlines()) == 4
 
 
+def test_sensitivity():
+    rows = [
+        sensitivity.run("elliptic", kind, choice, 0, n=60, steps=3)
+        for kind, choice in (("nugget", "1e-6"), ("validation", "100"))
+    ]
+    assert rows[0]["error"]["rms"] > rows[1]["error"]["rms"]
+    assert len(sensitivity.table(rows).splitlines()) == 4
+    for problem in sensitivity.problems.values():
+        assert set(sensitivity.choices(problem)) <= set(sensitivity.kinds)
+
+
+def test_inverse():
+    row = inverse.run("source", "leave-one-out", 0, n=60)
+    assert row["converged"] and row["bars"] == "conditional"
+    assert row["fields"]["u"]["relative"] < 0.05
+    assert row["fields"]["f"]["relative"] < 0.5
+    assert 0.3 < row["fields"]["f"]["covered"] <= 1
+    assert len(inverse.table([row, row]).splitlines()) == 4
+    # The logarithm of a number, fitted through the exact solution.
+    condition = inverse.heat.stated(jax.random.key(0), 10)[-1]
+    found = inverse.heat.most_likely(condition)["log_diffusion"]
+    assert abs(found - inverse.heat.numbers["log_diffusion"]) < 0.1
+
+
 def test_robustness():
     rows = [
         robustness.run("elliptic", 60, 0, start, way)
@@ -89,7 +116,15 @@ def test_robustness():
 
 
 @pytest.mark.parametrize(
-    "name", ["experiments", "robustness", "linearisation", "breadth"]
+    "name",
+    [
+        "experiments",
+        "robustness",
+        "linearisation",
+        "breadth",
+        "sensitivity",
+        "inverse",
+    ],
 )
 def test_tables_are_those_of_the_results(name):
     kept = reporting.read(name)

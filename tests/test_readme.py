@@ -34,5 +34,8 @@ def test_examples_of_the_documentation():
     names = _run("docs/examples.md")
     assert abs(names["waves"]["pressure"] - names["exact"]) < 1e-4
     assert abs(names["rate"] - 1.5) < 0.05
+    at = names["times"][3]
+    assert names["posterior"].std(at) > names["learned"].solution.std(at)
+    assert abs(names["solution"](names["times"][7]) - np.exp(-1.5)) < 2e-3
     assert abs(names["peaks"][0] - 1.25) < 1e-4  # 5 x (1 - x)
     assert np.all(np.diff(names["peaks"]) < 0)

@@ -11,6 +11,7 @@ import scipy.sparse as sp
 from numpy.polynomial import chebyshev, Legendre
 from scipy.fft import dct, dst
 from scipy.integrate import solve_ivp
+from scipy.sparse.linalg import spsolve
 from scipy.special import roots_legendre
 
 
@@ -224,3 +225,48 @@ def test_schroedinger_start():
     inside = np.abs(x) < 4.5
     rate = 1 / np.cosh(x) - 2 / np.cosh(x) ** 3 + 8 / np.cosh(x) ** 3
     assert difference(v[0, inside], 1e-6 * rate[inside]) < 1e-9
+
+
+#
+# Darcy flow
+#
+
+
+def _finite_volumes(n):
+    # On a grid of n + 1 by n + 1 points, with the permeability between them.
+    axis = np.arange(n + 1) / n
+    middle = (axis[1:] + axis[:-1]) / 2
+
+    def permeability(x, y):
+        grid = np.stack(np.meshgrid(x, y, indexing="ij"), -1)
+        a = references.darcy_log_permeability(grid.reshape(-1, 2))
+        return np.exp(a).reshape(len(x), len(y))
+
+    kx, ky = permeability(middle, axis[1:-1]), permeability(axis[1:-1], middle)
+    number = np.arange((n - 1) ** 2).reshape(n - 1, n - 1)
+    parts = [(number, number, kx[:-1] + kx[1:] + ky[:, :-1] + ky[:, 1:])]
+    for a, b, k in (
+        (number[:-1], number[1:], kx[1:-1]),
+        (number[:, :-1], number[:, 1:], ky[:, 1:-1]),
+    ):
+        parts += [(a, b, -k), (b, a, -k)]
+    flat = [[entry.reshape(-1) for entry in part] for part in parts]
+    rows, columns, values = map(np.concatenate, zip(*flat))
+    matrix = sp.csc_matrix((values, (rows, columns)))
+    u = spsolve(matrix, np.full(matrix.shape[0], n**-2.0))
+    return axis[1:-1], u.reshape(n - 1, n - 1)
+
+
+def test_darcy():
+    axis, coarse = _finite_volumes(40)
+    _, fine = _finite_volumes(80)
+    better = (4 * fine[1::2, 1::2] - coarse) / 3
+    points = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+    truth = references.darcy(points).reshape(better.shape)
+    # Their errors are of second order, and then of nearly fourth.
+    assert difference(better, truth) < 0.05 * difference(fine[1::2, 1::2], truth)
+    assert difference(better, truth) < 2e-5 * np.max(truth)
+    # With fewer modes, and between the nodes of both.
+    x = np.random.default_rng(0).uniform(size=(50, 2))
+    assert difference(references.darcy(x, 32), references.darcy(x)) < 1e-7
+    assert np.all(references.darcy(np.array([[0.0, 0.3], [0.5, 1.0]])) == 0)

@@ -1,4 +1,4 @@
-"""The Allen-Cahn equation with layers that get sharp: by continuation in the strength of
+"""The Allen-Cahn equation, whose layers get sharp: by continuation in the strength of
 its reaction.
 
 Solutions are even and periodic in x, so that half of the domain is enough: there are no

@@ -34,8 +34,8 @@ problems = dict(
 
 
 def by(objective):
-    def way(module, key):
-        conditions = module.stated(key)
+    def way(module, key, **size):
+        conditions = module.stated(key, **size)
         learned = eb.learn(module.prior(), conditions, objective, throw=False)
         return learned, objective
 
@@ -95,10 +95,10 @@ def posterior(learned, objective):
         return None
 
 
-def run(name, way, seed):
+def run(name, way, seed, **size):
     module = problems[name]
     began = time.perf_counter()
-    learned, objective = ways[way](module, jax.random.key(seed))
+    learned, objective = ways[way](module, jax.random.key(seed), **size)
     seconds = time.perf_counter() - began
     solution, where = learned.solution, jnp.asarray(module.where)
     spread = posterior(learned, objective)
@@ -111,7 +111,7 @@ def run(name, way, seed):
     row["bars"] = "conditional" if spread is None else "whole"
     row["squared_errors"] = float(jnp.mean(solution.standardised_errors("data") ** 2))
     noise = eb.unwrap(learned.conditions[-1].noise)
-    row["noise"] = float(noise) / module_noise(module)
+    row["noise"] = float(noise) / module.noise
     row["fields"] = {}
     for each, truth in module.fields.items():
         error = np.asarray(found[each]) - truth
@@ -135,10 +135,6 @@ def run(name, way, seed):
             error=number - truth, std=bar, most_likely=best - truth
         )
     return row
-
-
-def module_noise(module):
-    return getattr(module, "noise", darcy.noise)
 
 
 def table(rows):

@@ -20,6 +20,8 @@ allen_cahn    3e-10 for t < 0.003, which decreases like the third power of the n
 schroedinger  2e-9, which decreases likewise. Steps of 2.5e-5 with 1536 modes, whose law
               of the high modes begins later; and, to 6e-9, a Runge-Kutta method in a
               rotating frame, with a simpler law.
+darcy         1e-8, of values up to 0.024. The corners make Chebyshev series converge
+              like the fifth power. Finite volumes.
 """
 
 import numpy as np

@@ -33,6 +33,9 @@ names = (
     "eikonal",
     "burgers",
     "burgers_reuse",
+    "burgers_front",
+    "burgers_small",
+    "allen_cahn",
     "deep_burgers",
     "deep_eikonal",
 )
