@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from ._kernels import AbstractKernel
-from ._parameters import AbstractParameter, value_of
+from ._parameters import AbstractParameter, learnable, value_of
 
 
 def _inexact(x: Any, name: str) -> Array:
@@ -232,3 +232,15 @@ The remaining arguments are keyword-only.
 
 A `ValueError` if an argument is of the wrong kind, shape or sign.
 """
+
+
+def learned_in(prior: PyTree, conditions: PyTree) -> PyTree[bool]:
+    # What is learned of both: all arrays in the prior; but in conditions parameters
+    # only, since points and targets are data.
+    is_parameter = lambda x: isinstance(x, AbstractParameter)
+    in_conditions = jax.tree.map(
+        lambda x: learnable(x) if is_parameter(x) else False,
+        conditions,
+        is_leaf=is_parameter,
+    )
+    return learnable(prior), in_conditions

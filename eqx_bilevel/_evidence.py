@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._condition import Condition
-from ._left_out import left_out, log_determinant
+from ._left_out import folds_of, left_out, log_determinant, rows_of
 from ._linearised import linearise
 from ._objectives import AbstractLeastSquaresObjective, AbstractWholeObjective
 from ._problem import find_condition
@@ -23,9 +23,15 @@ from ._solution import Solution
 _LOG_TWO_PI = math.log(2 * math.pi)
 
 
-#
-# Evidence
-#
+def _log_density(solution: Solution, folds) -> Float[Array, ""]:
+    # Minus the logarithm of the density of each fold, given all the rest.
+    total = jnp.zeros((), solution.weights.dtype)
+    matrix, weights = solution._gram.as_matrix(), solution.weights
+    for errors, precisions in left_out(matrix, weights, folds):
+        squares = jnp.einsum("ki,kij,kj->", errors, precisions, errors)
+        determinants = jnp.sum(jax.vmap(log_determinant)(precisions))
+        total = total + squares - determinants + errors.size * _LOG_TWO_PI
+    return 0.5 * total
 
 
 class NegativeLogEvidence(AbstractWholeObjective):
@@ -42,12 +48,12 @@ class NegativeLogEvidence(AbstractWholeObjective):
     + \tfrac12 \log \det (2 \pi G),
     $$
 
-    with the Gram matrix of the conditions linearised at the solution $u^*$; and of one
-    condition's targets given all others, with the covariance that the others leave in
+    with the Gram matrix of the conditions linearised at the solution $u^*$; and of some
+    conditions' targets given all others, with the covariance that the others leave in
     the place of $G$. It is exact for linear conditions.
 
     If there is a nonlinear equation that holds exactly then ask for the evidence of the
-    `condition` with the data. The density of the equation's own target is not what one
+    `conditions` with data. The density of the equation's own target is not what one
     wants: it depends on how the equation is written, since multiplying that by any
     function of the unknowns changes it, and with many collocation points it outweighs
     the data.
@@ -55,25 +61,31 @@ class NegativeLogEvidence(AbstractWholeObjective):
     It needs $M^2$ memory.
     """
 
-    condition: str | None = eqx.field(static=True, default=None)
+    conditions: tuple[str, ...] | None = eqx.field(static=True)
+
+    def __init__(self, conditions: str | Sequence[str] | None = None):
+        names = (conditions,) if isinstance(conditions, str) else conditions
+        self.conditions = None if names is None else tuple(names)
 
     def __call__(self, solution: Solution) -> Float[Array, ""]:
-        if self.condition is not None:
-            return _predictive(solution, self.condition, 1)
-        rhs = linearise(solution._problem, solution._z).rhs
-        matrix = solution._gram.as_matrix()
+        problem = solution._problem
+        if self.conditions is not None:
+            rows = [rows_of(problem, name).reshape(-1) for name in self.conditions]
+            return _log_density(solution, [jnp.concatenate(rows)[None]])
+        rhs = linearise(problem, solution._z).rhs
+        determinant = log_determinant(solution._gram.as_matrix())
         constant = rhs.size * _LOG_TWO_PI
-        return 0.5 * (solution.weights @ rhs + log_determinant(matrix) + constant)
+        return 0.5 * (solution.weights @ rhs + determinant + constant)
 
     def check(self, conditions: Sequence[Condition]) -> None:
-        if self.condition is not None:
-            find_condition(conditions, self.condition)
+        for name in self.conditions or ():
+            find_condition(conditions, name)
 
 
 NegativeLogEvidence.__init__.__doc__ = """**Arguments:**
 
-- `condition`: The name of the condition whose targets these are. Default: the targets
-    of all of them.
+- `conditions`: The name or names of the conditions whose targets these are. Default:
+    the targets of all of them.
 
 **Raises:**
 
@@ -81,36 +93,22 @@ A `ValueError` when it is used, if there is no such condition.
 """
 
 
-#
-# Cross-validation
-#
-
-
-def _left_out(solution: Solution, condition: str | None, num_folds: int | None):
+def _folds(solution: Solution, condition: str | None, num: int | None):
     found, name = find_condition(solution.conditions, condition)
-    num = found.num_targets if num_folds is None else num_folds
-    matrix, weights = solution._gram.as_matrix(), solution.weights
-    return left_out(solution._problem, matrix, weights, name, num)
+    rows = rows_of(solution._problem, name)
+    return folds_of(rows, found.num_targets if num is None else num)
 
 
-def _check_folds(num: int | None, condition: Condition, name: str) -> None:
-    n = condition.num_targets
+def _check_folds(
+    num: int | None, conditions: Sequence[Condition], condition: str | None
+) -> None:
+    found, name = find_condition(conditions, condition)
+    n = found.num_targets
     if num is not None and not (isinstance(num, int) and 2 <= num <= n):
         raise ValueError(
-            f"`num_folds` must be an integer between 2 and the number of targets of "
+            "`num_folds` must be an integer between 2 and the number of targets of "
             f"condition {name!r}, which is {n}, got {num}."
         )
-
-
-def _predictive(
-    solution: Solution, condition: str | None, num_folds: int | None
-) -> Float[Array, ""]:
-    total = jnp.zeros((), solution.weights.dtype)
-    for errors, precisions in _left_out(solution, condition, num_folds):
-        squares = jnp.einsum("ki,kij,kj->", errors, precisions, errors)
-        determinants = jnp.sum(jax.vmap(log_determinant)(precisions))
-        total = total + squares - determinants + errors.size * _LOG_TWO_PI
-    return 0.5 * total
 
 
 class CrossValidation(AbstractLeastSquaresObjective, AbstractWholeObjective):
@@ -128,11 +126,12 @@ class CrossValidation(AbstractLeastSquaresObjective, AbstractWholeObjective):
     num_folds: int | None = eqx.field(static=True, default=None)
 
     def residuals(self, solution: Solution) -> Float[Array, " r"]:
-        parts = _left_out(solution, self.condition, self.num_folds)
+        folds = _folds(solution, self.condition, self.num_folds)
+        parts = left_out(solution._gram.as_matrix(), solution.weights, folds)
         return jnp.concatenate([errors.reshape(-1) for errors, _ in parts])
 
     def check(self, conditions: Sequence[Condition]) -> None:
-        _check_folds(self.num_folds, *find_condition(conditions, self.condition))
+        _check_folds(self.num_folds, conditions, self.condition)
 
 
 class NegativeLogPredictive(AbstractWholeObjective):
@@ -148,10 +147,11 @@ class NegativeLogPredictive(AbstractWholeObjective):
     num_folds: int | None = eqx.field(static=True, default=None)
 
     def __call__(self, solution: Solution) -> Float[Array, ""]:
-        return _predictive(solution, self.condition, self.num_folds)
+        folds = _folds(solution, self.condition, self.num_folds)
+        return _log_density(solution, folds)
 
     def check(self, conditions: Sequence[Condition]) -> None:
-        _check_folds(self.num_folds, *find_condition(conditions, self.condition))
+        _check_folds(self.num_folds, conditions, self.condition)
 
 
 _arguments = """**Arguments:**

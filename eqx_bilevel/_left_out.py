@@ -1,10 +1,10 @@
 """Predictions of some targets from all others, without solving anything again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ._problem import Problem
 
@@ -35,27 +35,31 @@ def _(primals, tangents):
     return log_determinant(*primals), change
 
 
-def left_out(
-    problem: Problem,
-    matrix: Float[Array, "M M"],
-    weights: Float[Array, " M"],
-    name: str,
-    num_folds: int,
-) -> Iterator[tuple[Float[Array, "k s"], Float[Array, "k s s"]]]:
-    # Of all folds of a size at once: the errors of predictions from all the rest, and
-    # the inverses of their covariances. They are blocks of the inverse Gram matrix:
-    # Rasmussen and Williams (2006), equations 5.10 to 5.12.
+def rows_of(problem: Problem, name: str) -> Int[Array, "n q"]:
+    # Where the targets of a condition stand among all of them.
     sizes = [r.target.size for r in problem.rows]
     i = [r.name for r in problem.rows].index(name)
-    n, q = problem.rows[i].target.shape
-    rows = sum(sizes[:i]) + jnp.arange(n * q).reshape(n, q)
+    shape = problem.rows[i].target.shape
+    return sum(sizes[:i]) + jnp.arange(sizes[i]).reshape(shape)
+
+
+def folds_of(rows: Int[Array, "n q"], num: int) -> list[Array]:
+    # One array for all folds of the same size.
+    larger = len(rows) % num  # So many have one point more.
+    folds = [rows[i::num].reshape(-1) for i in range(num)]
+    return [jnp.stack(f) for f in (folds[:larger], folds[larger:]) if f]
+
+
+def left_out(
+    matrix: Float[Array, "M M"],
+    weights: Float[Array, " M"],
+    folds: Sequence[Array],
+) -> Iterator[tuple[Array, Array]]:
+    # Of (k, s) arrays of folds: the errors of predicting each from all the rest, and
+    # the (k, s, s) inverses of their covariances. They are blocks of the inverse Gram
+    # matrix: Rasmussen and Williams (2006), equations 5.10 to 5.12.
     precision = inverse(matrix)
-    larger = n % num_folds  # So many folds have one point more.
-    for start, stop in ((0, larger), (larger, num_folds)):
-        if start == stop:
-            continue
-        folds = [rows[j::num_folds].reshape(-1) for j in range(start, stop)]
-        chosen = jnp.stack(folds)
+    for chosen in folds:
         precisions = precision[chosen[:, :, None], chosen[:, None, :]]
         errors = jnp.linalg.solve(precisions, weights[chosen][..., None])[..., 0]
         yield errors, precisions

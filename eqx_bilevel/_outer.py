@@ -13,11 +13,12 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from ._condition import learned_in
 from ._gauss_newton import GaussNewton
 from ._hypergradient import differentiable
 from ._linearised import prior_z
 from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
-from ._parameters import AbstractParameter, learnable, unwrap
+from ._parameters import unwrap
 from ._results import RESULTS
 from ._solution import Solution
 from ._solve import initial_jitter, sanitised, solve_problem
@@ -50,15 +51,8 @@ class Outcome(eqx.Module):
 
 
 def partition(prior, conditions, task: Task) -> tuple[PyTree, Task]:
-    # What is learned and what is not. In conditions only parameters are learned, and
-    # their points and targets are data.
-    is_parameter = lambda x: isinstance(x, AbstractParameter)
-    in_conditions = jax.tree.map(
-        lambda x: learnable(x) if is_parameter(x) else False,
-        conditions,
-        is_leaf=is_parameter,
-    )
-    spec = (learnable(prior), in_conditions)
+    # What is learned and what is not.
+    spec = learned_in(prior, conditions)
     theta, rest = eqx.partition((prior, conditions), spec)
     return theta, eqx.tree_at(lambda t: t.rest, task, rest, is_leaf=lambda x: x is None)
 

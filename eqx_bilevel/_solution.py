@@ -23,7 +23,7 @@ from ._jets import (
     Trace,
     trace,
 )
-from ._left_out import left_out
+from ._left_out import folds_of, left_out, rows_of
 from ._linearised import block_product, curvatures, noise_variances
 from ._parameters import unwrap
 from ._pretty import named_doc
@@ -377,9 +377,9 @@ def _sample(solution: Solution, operators, x, key, num_samples):
 @eqx.filter_jit
 def _standardised_errors(solution: Solution, condition: str | None):
     found, name = find_condition(solution.conditions, condition)
-    matrix, problem = solution._gram.as_matrix(), solution._problem
-    num = found.num_targets
-    ((errors, precisions),) = left_out(problem, matrix, solution.weights, name, num)
+    matrix, rows = solution._gram.as_matrix(), rows_of(solution._problem, name)
+    folds = folds_of(rows, found.num_targets)
+    ((errors, precisions),) = left_out(matrix, solution.weights, folds)
     root = jnp.linalg.cholesky(precisions)
     return jnp.einsum("nji,nj->ni", root, errors)
 

@@ -102,6 +102,8 @@ def test_left_out_points_are_predicted_from_the_rest(num_folds):
         found = eb.NegativeLogEvidence("data")(solution)
         given = evidence(solution) - evidence(start)
         np.testing.assert_allclose(found, given, rtol=1e-8)
+        found = eb.NegativeLogEvidence(["start", "data"])(solution)
+        np.testing.assert_allclose(found, evidence(solution), rtol=1e-8)
     by_squares = eb.CrossValidation("data", num_folds)(solution)
     by_density = eb.NegativeLogPredictive("data", num_folds)(solution)
     np.testing.assert_allclose(by_squares, squares, rtol=1e-8)
@@ -266,6 +268,25 @@ def test_function_as_objective():
     learned = eb.learn(prior, conditions, objective)
     lengthscale = eb.unwrap(learned.prior).kernel.lengthscale
     assert abs(lengthscale - 0.9) < 1e-3
+
+
+def test_hyperprior():
+    prior, conditions = _linear(_wavy(), noise=eb.Positive(0.1))
+    known = eb.NegativeLogHyperprior(prior, conditions, std=0.5)
+    np.testing.assert_array_equal(known(eb.solve(prior, conditions)), 0.0)
+    # Twice the lengthscale, half the noise, and another mean.
+    other, others = _linear(_wavy(), lengthscale=1.6, noise=eb.Positive(0.05))
+    other = eqx.tree_at(lambda p: p.mean, other, jnp.asarray(0.7))
+    found = known(eb.solve(other, others))
+    expected = 0.5 * (2 * np.log(2) ** 2 + 0.5**2) / 0.5**2
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    network = eb.LengthscaleNetwork(1, "scalar", 3, 1, key=jax.random.key(0))
+    gibbs = eb.GaussianProcess(eb.Gibbs(network))
+    known = eb.NegativeLogHyperprior(gibbs, conditions)
+    with pytest.raises(ValueError, match="knows 11 hyperparameter.*but there are 12"):
+        eb.learn(gibbs, conditions, eb.NegativeLogEvidence() + known, steps=1)
+    with pytest.raises(ValueError, match="finite positive number, got 0"):
+        eb.NegativeLogHyperprior(prior, conditions, std=0)
 
 
 def test_hold_out():

@@ -35,9 +35,11 @@ problems = dict(
 
 def by(objective):
     def way(module, key, **size):
-        conditions = module.stated(key, **size)
-        learned = eb.learn(module.prior(), conditions, objective, throw=False)
-        return learned, objective
+        stated = module.prior(), module.stated(key, **size)
+        full = objective
+        if not isinstance(objective, eb.AbstractLeastSquaresObjective):
+            full = objective + eb.NegativeLogHyperprior(*stated)
+        return eb.learn(*stated, full, throw=False), full
 
     return way
 
