@@ -10,10 +10,19 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ._condition import Condition
-from ._left_out import folds_of, left_out, log_determinant, rows_of
+from ._left_out import (
+    Errors,
+    folds_of,
+    left_out,
+    log_determinant,
+    positive_solve,
+    predicted,
+    rows_of,
+)
 from ._linearised import linearise
 from ._objectives import AbstractLeastSquaresObjective, AbstractWholeObjective
 from ._problem import find_condition
@@ -23,15 +32,16 @@ from ._solution import Solution
 _LOG_TWO_PI = math.log(2 * math.pi)
 
 
-def _log_density(solution: Solution, folds) -> Float[Array, ""]:
-    # Minus the logarithm of the density of each fold, given all the rest.
-    total = jnp.zeros((), solution.weights.dtype)
-    matrix, weights = solution._gram.as_matrix(), solution.weights
-    for errors, precisions in left_out(matrix, weights, folds):
-        squares = jnp.einsum("ki,kij,kj->", errors, precisions, errors)
-        determinants = jnp.sum(jax.vmap(log_determinant)(precisions))
-        total = total + squares - determinants + errors.size * _LOG_TWO_PI
-    return 0.5 * total
+def _log_density(errors: Array, determinant: Array, squares: Array) -> Array:
+    # Minus the logarithm of a normal density, given that of the covariance.
+    return 0.5 * (squares + determinant + errors.size * _LOG_TWO_PI)
+
+
+def _predicted(solution: Solution, names: Sequence[str]) -> Errors:
+    problem = solution._problem
+    rows = np.concatenate([rows_of(problem, name).reshape(-1) for name in names])
+    rhs = linearise(problem, solution._z).rhs
+    return predicted(solution._gram.as_matrix(), rhs, rows)
 
 
 class NegativeLogEvidence(AbstractWholeObjective):
@@ -68,14 +78,10 @@ class NegativeLogEvidence(AbstractWholeObjective):
         self.conditions = None if names is None else tuple(names)
 
     def __call__(self, solution: Solution) -> Float[Array, ""]:
-        problem = solution._problem
-        if self.conditions is not None:
-            rows = [rows_of(problem, name).reshape(-1) for name in self.conditions]
-            return _log_density(solution, [jnp.concatenate(rows)[None]])
-        rhs = linearise(problem, solution._z).rhs
-        determinant = log_determinant(solution._gram.as_matrix())
-        constant = rhs.size * _LOG_TWO_PI
-        return 0.5 * (solution.weights @ rhs + determinant + constant)
+        names = self.conditions or [r.name for r in solution._problem.rows]
+        values, covariance = _predicted(solution, names)
+        weights = positive_solve(covariance, values[:, None])[:, 0]
+        return _log_density(values, log_determinant(covariance), values @ weights)
 
     def check(self, conditions: Sequence[Condition]) -> None:
         for name in self.conditions or ():
@@ -93,10 +99,12 @@ A `ValueError` when it is used, if there is no such condition.
 """
 
 
-def _folds(solution: Solution, condition: str | None, num: int | None):
+def _left_out(solution: Solution, condition: str | None, num_folds: int | None):
     found, name = find_condition(solution.conditions, condition)
-    rows = rows_of(solution._problem, name)
-    return folds_of(rows, found.num_targets if num is None else num)
+    num = found.num_targets if num_folds is None else num_folds
+    errors = _predicted(solution, [name])
+    shape = rows_of(solution._problem, name).shape
+    return [left_out(errors, folds) for folds in folds_of(shape, num)]
 
 
 def _check_folds(
@@ -126,9 +134,8 @@ class CrossValidation(AbstractLeastSquaresObjective, AbstractWholeObjective):
     num_folds: int | None = eqx.field(static=True, default=None)
 
     def residuals(self, solution: Solution) -> Float[Array, " r"]:
-        folds = _folds(solution, self.condition, self.num_folds)
-        parts = left_out(solution._gram.as_matrix(), solution.weights, folds)
-        return jnp.concatenate([errors.reshape(-1) for errors, _ in parts])
+        parts = _left_out(solution, self.condition, self.num_folds)
+        return jnp.concatenate([values.reshape(-1) for values, _ in parts])
 
     def check(self, conditions: Sequence[Condition]) -> None:
         _check_folds(self.num_folds, conditions, self.condition)
@@ -147,8 +154,12 @@ class NegativeLogPredictive(AbstractWholeObjective):
     num_folds: int | None = eqx.field(static=True, default=None)
 
     def __call__(self, solution: Solution) -> Float[Array, ""]:
-        folds = _folds(solution, self.condition, self.num_folds)
-        return _log_density(solution, folds)
+        total = jnp.zeros((), solution.weights.dtype)
+        for values, precisions in _left_out(solution, self.condition, self.num_folds):
+            squares = jnp.einsum("ki,kij,kj->", values, precisions, values)
+            determinants = -jnp.sum(jax.vmap(log_determinant)(precisions))
+            total = total + _log_density(values, determinants, squares)
+        return total
 
     def check(self, conditions: Sequence[Condition]) -> None:
         _check_folds(self.num_folds, conditions, self.condition)

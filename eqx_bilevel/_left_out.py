@@ -1,26 +1,38 @@
-"""Predictions of some targets from all others, without solving anything again."""
+"""Predictions of some targets from all others, without solving anything again.
 
-from collections.abc import Iterator, Sequence
+In a linearised problem the targets are jointly Gaussian, with the Gram matrix as their
+covariance.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ._problem import Problem
 
 
-# Neither is differentiated through the factorisation.
-@jax.custom_jvp
-def inverse(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:
-    factor = jnp.linalg.cholesky(matrix)
-    eye = jnp.eye(len(matrix), dtype=matrix.dtype)
-    return jax.scipy.linalg.cho_solve((factor, True), eye)
+#
+# Linear algebra that is not differentiated through a factorisation
+#
 
 
-@inverse.defjvp
-def _(primals, tangents):
-    found = inverse(*primals)
-    return found, -found @ tangents[0] @ found
+def positive_solve(
+    matrix: Float[Array, "m m"], vectors: Float[Array, "m k"]
+) -> Float[Array, "m k"]:
+    factor = jnp.linalg.cholesky(jax.lax.stop_gradient(matrix))
+    return jax.lax.custom_linear_solve(
+        lambda x: matrix @ x,
+        vectors,
+        lambda _, b: jax.scipy.linalg.cho_solve((factor, True), b),
+        symmetric=True,
+    )
+
+
+def _inverse(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:
+    return positive_solve(matrix, jnp.eye(len(matrix), dtype=matrix.dtype))
 
 
 @jax.custom_jvp
@@ -31,35 +43,65 @@ def log_determinant(matrix: Float[Array, "m m"]) -> Float[Array, ""]:
 
 @log_determinant.defjvp
 def _(primals, tangents):
-    change = jnp.vdot(inverse(*primals), tangents[0])
+    change = jnp.vdot(_inverse(*primals), tangents[0])
     return log_determinant(*primals), change
 
 
-def rows_of(problem: Problem, name: str) -> Int[Array, "n q"]:
+#
+# Predictions
+#
+
+
+class Errors(NamedTuple):
+    # Of predictions: by how much the targets differ from them, and its covariance.
+    values: Float[Array, " s"]
+    covariance: Float[Array, "s s"]
+
+
+def predicted(
+    matrix: Float[Array, "M M"], rhs: Float[Array, " M"], rows: Int[np.ndarray, " s"]
+) -> Errors:
+    # Some targets from all others. Not by the inverse of the whole matrix, which is
+    # large: what follows from it is only accurate if the others have no tiny nugget.
+    others = np.setdiff1d(np.arange(len(rhs)), rows)
+    own, inner = matrix[np.ix_(rows, rows)], matrix[np.ix_(others, others)]
+    if len(others) == 0:
+        return Errors(rhs[rows], own)
+    across = matrix[np.ix_(others, rows)]
+    weights = positive_solve(inner, across)
+    covariance = own - across.T @ weights
+    symmetric = 0.5 * (covariance + covariance.T)
+    return Errors(rhs[rows] - weights.T @ rhs[others], symmetric)
+
+
+def left_out(errors: Errors, folds: Int[np.ndarray, "k s"]) -> tuple[Array, Array]:
+    # For these folds, of predictions from the other folds too: the errors, of shape
+    # (k, s), and the inverses of their covariances, of shape (k, s, s). They are blocks
+    # of the inverse: Rasmussen and Williams (2006), equations 5.10 to 5.12.
+    precision = _inverse(errors.covariance)
+    weights = precision @ errors.values
+    blocks = precision[folds[:, :, None], folds[:, None, :]]
+    values = jnp.linalg.solve(blocks, weights[folds][..., None])[..., 0]
+    return values, blocks
+
+
+#
+# Which targets
+#
+
+
+def rows_of(problem: Problem, name: str) -> Int[np.ndarray, "n q"]:
     # Where the targets of a condition stand among all of them.
     sizes = [r.target.size for r in problem.rows]
     i = [r.name for r in problem.rows].index(name)
     shape = problem.rows[i].target.shape
-    return sum(sizes[:i]) + jnp.arange(sizes[i]).reshape(shape)
+    return sum(sizes[:i]) + np.arange(sizes[i]).reshape(shape)
 
 
-def folds_of(rows: Int[Array, "n q"], num: int) -> list[Array]:
-    # One array for all folds of the same size.
-    larger = len(rows) % num  # So many have one point more.
-    folds = [rows[i::num].reshape(-1) for i in range(num)]
-    return [jnp.stack(f) for f in (folds[:larger], folds[larger:]) if f]
-
-
-def left_out(
-    matrix: Float[Array, "M M"],
-    weights: Float[Array, " M"],
-    folds: Sequence[Array],
-) -> Iterator[tuple[Array, Array]]:
-    # Of (k, s) arrays of folds: the errors of predicting each from all the rest, and
-    # the (k, s, s) inverses of their covariances. They are blocks of the inverse Gram
-    # matrix: Rasmussen and Williams (2006), equations 5.10 to 5.12.
-    precision = inverse(matrix)
-    for chosen in folds:
-        precisions = precision[chosen[:, :, None], chosen[:, None, :]]
-        errors = jnp.linalg.solve(precisions, weights[chosen][..., None])[..., 0]
-        yield errors, precisions
+def folds_of(shape: tuple[int, int], num: int) -> list[np.ndarray]:
+    # Of as many points with so many numbers each. One array for all folds of the same
+    # size.
+    numbers = np.arange(shape[0] * shape[1]).reshape(shape)
+    larger = shape[0] % num  # So many have one point more.
+    folds = [numbers[i::num].reshape(-1) for i in range(num)]
+    return [np.stack(f) for f in (folds[:larger], folds[larger:]) if f]

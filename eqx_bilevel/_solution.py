@@ -23,8 +23,8 @@ from ._jets import (
     Trace,
     trace,
 )
-from ._left_out import folds_of, left_out, rows_of
-from ._linearised import block_product, curvatures, noise_variances
+from ._left_out import folds_of, left_out, predicted, rows_of
+from ._linearised import block_product, curvatures, linearise, noise_variances
 from ._parameters import unwrap
 from ._pretty import named_doc
 from ._problem import find_condition, jets_of, mean_functions, names_of, Problem
@@ -377,11 +377,13 @@ def _sample(solution: Solution, operators, x, key, num_samples):
 @eqx.filter_jit
 def _standardised_errors(solution: Solution, condition: str | None):
     found, name = find_condition(solution.conditions, condition)
-    matrix, rows = solution._gram.as_matrix(), rows_of(solution._problem, name)
-    folds = folds_of(rows, found.num_targets)
-    ((errors, precisions),) = left_out(matrix, solution.weights, folds)
+    rows = rows_of(solution._problem, name)
+    rhs = linearise(solution._problem, solution._z).rhs
+    errors = predicted(solution._gram.as_matrix(), rhs, rows.reshape(-1))
+    (folds,) = folds_of(rows.shape, found.num_targets)
+    values, precisions = left_out(errors, folds)
     root = jnp.linalg.cholesky(precisions)
-    return jnp.einsum("nji,nj->ni", root, errors)
+    return jnp.einsum("nji,nj->ni", root, values)
 
 
 @eqx.filter_jit

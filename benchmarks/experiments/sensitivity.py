@@ -65,11 +65,11 @@ def kernel(make):
 def nugget(value):
     def change(stated, key):
         new = jnp.array(value) if isinstance(value, float) else value
-        where, none = lambda c: c.nugget, lambda x: x is None
-        conditions = [
-            eqx.tree_at(where, c, new, is_leaf=none) for c in stated.conditions
-        ]
-        return stated._replace(conditions=conditions)
+        # Of the equation. What holds at the boundary is imposed as well as possible.
+        equation, *others = stated.conditions
+        none = lambda x: x is None
+        equation = eqx.tree_at(lambda c: c.nugget, equation, new, is_leaf=none)
+        return stated._replace(conditions=[equation, *others])
 
     return change
 
