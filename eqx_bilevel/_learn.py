@@ -235,14 +235,17 @@ def _optimiser(optimiser, theta, objective, searched: bool) -> _Optimiser:
             "There is nothing to learn: `prior` has no arrays outside of "
             "`eqx_bilevel.Frozen`, and `conditions` no parameters."
         )
+    squares = isinstance(objective, AbstractLeastSquaresObjective)
     if optimiser is None:
         if size > _MOST_FOR_BFGS:
             return optax.adam(1e-3)
         if size > _FEW:
             return BoundedBFGS(1e-5, 1e-5, max_length=0.3)
+        # Logarithms of probabilities are large numbers of which small differences tell.
+        tolerance = 1e-3 if squares else 1e-5
         # After a search the first step, whose length is not known, should be short.
-        return BoundedBFGS(1e-3, 1e-3, max_length=0.1 if searched else 0.7)
-    squares = isinstance(objective, AbstractLeastSquaresObjective)
+        length = 0.1 if searched else 0.7
+        return BoundedBFGS(tolerance, tolerance, max_length=length)
     if isinstance(optimiser, optx.AbstractLeastSquaresSolver) and not squares:
         raise ValueError(
             "`optimiser` is for least squares, but the objective is no sum of squares. "
@@ -334,13 +337,16 @@ class _Record:
     def stalled(self, rtol: float, patience: int, since: int) -> bool:
         # Steps that were not accepted are shortened, and say little.
         rows = self.rows[since:]
-        rejected = [row["accepted"] for row in rows[-_MOST_REJECTED:]]
-        if len(rejected) == _MOST_REJECTED and not any(rejected):
+        if self.gave_up(since):
             return True
         best = [row["best"] for row in rows if row["accepted"]]
         if len(best) <= patience:
             return False
         return not self.decreased(best[-1 - patience], best[-1], rtol)
+
+    def gave_up(self, since: int) -> bool:
+        rejected = [row["accepted"] for row in self.rows[since:][-_MOST_REJECTED:]]
+        return len(rejected) == _MOST_REJECTED and not any(rejected)
 
     def decreased(self, before: float, after: float, rtol: float) -> bool:
         if np.isinf(before):
@@ -380,6 +386,10 @@ def _minimise(
             theta, start = best.theta, _warm(best, best.jitter)
             continue
         improved = record.decreased(before, record.best, rtol)
+        if record.gave_up(since) and improved and len(record.rows) < steps:
+            # What it had learned of the curvature was wrong.
+            theta, start = best.theta, _warm(best, best.jitter)
+            continue
         enough = len(record.rows) >= steps or not (converged and improved)
         if best is None or enough or best.jitter <= smallest:
             return converged

@@ -27,6 +27,23 @@ def _finite_difference_error(n):
     return np.max(np.abs(error))
 
 
+def test_diffusion(tmp_path, capsys):
+    main = runpy.run_path(str(tutorials / "diffusion.py"))["main"]
+    picture = tmp_path / "diffusion.png"
+    learned, posterior = main(picture)
+    here = jnp.zeros(2)
+    centre = learned.solution(here)["log_kappa"]
+    std = posterior.std(here)["log_kappa"]
+    assert std > learned.solution.std(here)["log_kappa"]
+    # A fit through the exact solution, for a known noise, has an error bar of 0.015.
+    assert 0.01 < std < 0.03
+    assert abs(centre - np.log(0.1)) < 3 * std
+    assert 0.015 < learned.conditions[2].noise.value < 0.025
+    printed = capsys.readouterr().out
+    assert f"kappa: {np.exp(centre):.4f}" in printed and str(picture) in printed
+    assert matplotlib.image.imread(picture).std() > 0.1
+
+
 def test_elliptic(tmp_path, capsys):
     main = runpy.run_path(str(tutorials / "elliptic.py"))["main"]
     picture = tmp_path / "elliptic.png"
