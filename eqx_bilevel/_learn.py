@@ -380,17 +380,17 @@ def _minimise(
         else:
             run = _run_optimistix(optimiser, theta, task, start, left)
         converged = _follow(run, record, rtol, patience, since)
-        best = record.outcome
-        if not patient and len(record.rows) < steps and _ran_out(best):
+        best, more = record.outcome, len(record.rows) < steps
+        if best is not None and more and not patient and _ran_out(best):
             patient, task = True, _with_inner_steps(task, 5 * task.max_inner_steps)
             theta, start = best.theta, _warm(best, best.jitter)
             continue
         improved = record.decreased(before, record.best, rtol)
-        if record.gave_up(since) and improved and len(record.rows) < steps:
+        if best is not None and more and improved and record.gave_up(since):
             # What it had learned of the curvature was wrong.
             theta, start = best.theta, _warm(best, best.jitter)
             continue
-        enough = len(record.rows) >= steps or not (converged and improved)
+        enough = not (more and converged and improved)
         if best is None or enough or best.jitter <= smallest:
             return converged
         _, outcome = evaluate(best.theta, few, _warm(best, smallest))
@@ -401,11 +401,9 @@ def _minimise(
             optimiser = optimiser.with_max_length(0.1)
 
 
-def _ran_out(outcome: Outcome | None) -> bool:
+def _ran_out(outcome: Outcome) -> bool:
     # A gradient where the inner solve has not converged may point anywhere, and then no
     # step is accepted.
-    if outcome is None:
-        return False
     return bool(outcome.result == RESULTS.nonlinear_max_steps_reached)
 
 

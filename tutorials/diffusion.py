@@ -126,7 +126,7 @@ def main(picture="diffusion.png", kappa=0.1, noise=0.02):
     here = jnp.zeros(2)  # It is the same everywhere.
     centre, std = solution(here)["log_kappa"], posterior.std(here)["log_kappa"]
     low, high = jnp.exp(centre - 1.96 * std), jnp.exp(centre + 1.96 * std)
-    sigma = learned.conditions[2].noise.value
+    sigma = eb.unwrap(learned.conditions[2].noise)
     print(f"kappa: {jnp.exp(centre):.4f}, between {low:.4f} and {high:.4f} with 95 %")
     print(f"       true: {kappa}")
     print(f"noise: {sigma:.4f}, true: {noise}")

@@ -66,7 +66,7 @@ def published(module, key):
     equation = eb.ValidationResidual(points, "balance", misfit_weight=0)
     objective = equation + eb.Objective(fitted)
     options = dict(gradient="frozen", throw=False)
-    return eb.learn(prior, conditions, objective, **options), objective
+    return eb.learn(prior, conditions, objective, **options), None  # No density.
 
 
 ways = {
@@ -89,7 +89,8 @@ ways_of = lambda name: list(ways) if name == "darcy" else ["evidence"]
 
 def posterior(learned, objective):
     # With the hyperparameters' share, if they are determined.
-    if isinstance(objective, eb.AbstractLeastSquaresObjective):
+    squares = isinstance(objective, eb.AbstractLeastSquaresObjective)
+    if objective is None or squares:
         return None
     try:
         return eb.laplace(learned, objective)
