@@ -10,20 +10,10 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from ._condition import Condition
-from ._left_out import (
-    Errors,
-    folds_of,
-    left_out,
-    log_determinant,
-    positive_solve,
-    predicted,
-    rows_of,
-)
-from ._linearised import linearise
+from ._left_out import log_determinant, positive_solve
 from ._objectives import AbstractLeastSquaresObjective, AbstractWholeObjective
 from ._problem import find_condition
 from ._solution import Solution
@@ -35,13 +25,6 @@ _LOG_TWO_PI = math.log(2 * math.pi)
 def _log_density(errors: Array, determinant: Array, squares: Array) -> Array:
     # Minus the logarithm of a normal density, given that of the covariance.
     return 0.5 * (squares + determinant + errors.size * _LOG_TWO_PI)
-
-
-def _predicted(solution: Solution, names: Sequence[str]) -> Errors:
-    problem = solution._problem
-    rows = np.concatenate([rows_of(problem, name).reshape(-1) for name in names])
-    rhs = linearise(problem, solution._z).rhs
-    return predicted(solution._gram.as_matrix(), rhs, rows)
 
 
 class NegativeLogEvidence(AbstractWholeObjective):
@@ -79,7 +62,7 @@ class NegativeLogEvidence(AbstractWholeObjective):
 
     def __call__(self, solution: Solution) -> Float[Array, ""]:
         names = self.conditions or [r.name for r in solution._problem.rows]
-        values, covariance = _predicted(solution, names)
+        values, covariance = solution._predicted(names)
         weights = positive_solve(covariance, values[:, None])[:, 0]
         return _log_density(values, log_determinant(covariance), values @ weights)
 
@@ -97,14 +80,6 @@ NegativeLogEvidence.__init__.__doc__ = """**Arguments:**
 
 A `ValueError` when it is used, if there is no such condition.
 """
-
-
-def _left_out(solution: Solution, condition: str | None, num_folds: int | None):
-    found, name = find_condition(solution.conditions, condition)
-    num = found.num_targets if num_folds is None else num_folds
-    errors = _predicted(solution, [name])
-    shape = rows_of(solution._problem, name).shape
-    return [left_out(errors, folds) for folds in folds_of(shape, num)]
 
 
 def _check_folds(
@@ -134,7 +109,7 @@ class CrossValidation(AbstractLeastSquaresObjective, AbstractWholeObjective):
     num_folds: int | None = eqx.field(static=True, default=None)
 
     def residuals(self, solution: Solution) -> Float[Array, " r"]:
-        parts = _left_out(solution, self.condition, self.num_folds)
+        parts = solution._left_out(self.condition, self.num_folds)
         return jnp.concatenate([values.reshape(-1) for values, _ in parts])
 
     def check(self, conditions: Sequence[Condition]) -> None:
@@ -155,7 +130,7 @@ class NegativeLogPredictive(AbstractWholeObjective):
 
     def __call__(self, solution: Solution) -> Float[Array, ""]:
         total = jnp.zeros((), solution.weights.dtype)
-        for values, precisions in _left_out(solution, self.condition, self.num_folds):
+        for values, precisions in solution._left_out(self.condition, self.num_folds):
             squares = jnp.einsum("ki,kij,kj->", values, precisions, values)
             determinants = -jnp.sum(jax.vmap(log_determinant)(precisions))
             total = total + _log_density(values, determinants, squares)

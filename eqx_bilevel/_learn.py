@@ -22,12 +22,12 @@ from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
 from ._outer import (
     cold_start,
     evaluate,
+    merit,
     optax_step,
     optimistix_init,
     optimistix_step,
     Outcome,
     partition,
-    scaled,
     Start,
     Task,
 )
@@ -351,7 +351,7 @@ class _Record:
     def decreased(self, before: float, after: float, rtol: float) -> bool:
         if np.isinf(before):
             return after < before
-        change = scaled(self.objective, np.array([before, after]))
+        change = merit(self.objective, np.array([before, after]))
         return bool(change[0] - change[1] > rtol)
 
     def history(self) -> dict[str, np.ndarray]:
@@ -381,17 +381,17 @@ def _minimise(
             run = _run_optimistix(optimiser, theta, task, start, left)
         converged = _follow(run, record, rtol, patience, since)
         best, more = record.outcome, len(record.rows) < steps
-        if best is not None and more and not patient and _ran_out(best):
-            patient, task = True, _with_inner_steps(task, 5 * task.max_inner_steps)
-            theta, start = best.theta, _warm(best, best.jitter)
-            continue
         improved = record.decreased(before, record.best, rtol)
-        if best is not None and more and improved and record.gave_up(since):
-            # What it had learned of the curvature was wrong.
+        if best is None or not more:
+            return converged
+        unsolved = not patient and _ran_out(best)
+        if unsolved:
+            patient, task = True, _with_inner_steps(task, 5 * task.max_inner_steps)
+        # If it gave up, what it had learned of the curvature was wrong.
+        if unsolved or (improved and record.gave_up(since)):
             theta, start = best.theta, _warm(best, best.jitter)
             continue
-        enough = not (more and converged and improved)
-        if best is None or enough or best.jitter <= smallest:
+        if not (converged and improved) or best.jitter <= smallest:
             return converged
         _, outcome = evaluate(best.theta, few, _warm(best, smallest))
         if outcome.jitter >= best.jitter:

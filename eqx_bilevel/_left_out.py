@@ -4,6 +4,7 @@ In a linearised problem the targets are jointly Gaussian, with the Gram matrix a
 covariance.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from ._problem import Problem
 def positive_solve(
     matrix: Float[Array, "m m"], vectors: Float[Array, "m k"]
 ) -> Float[Array, "m k"]:
+    # Not by Lineax, whose derivatives raise where there is nan.
     factor = jnp.linalg.cholesky(jax.lax.stop_gradient(matrix))
     return jax.lax.custom_linear_solve(
         lambda x: matrix @ x,
@@ -74,15 +76,19 @@ def predicted(
     return Errors(rhs[rows] - weights.T @ rhs[others], symmetric)
 
 
-def left_out(errors: Errors, folds: Int[np.ndarray, "k s"]) -> tuple[Array, Array]:
-    # For these folds, of predictions from the other folds too: the errors, of shape
-    # (k, s), and the inverses of their covariances, of shape (k, s, s). They are blocks
-    # of the inverse: Rasmussen and Williams (2006), equations 5.10 to 5.12.
+def left_out(errors: Errors, folds: Sequence[np.ndarray]) -> list[tuple[Array, Array]]:
+    # Of predictions from the other folds too. For each (k, s) array of folds: the
+    # errors, of the same shape, and the inverses of their covariances, of shape
+    # (k, s, s). They are blocks of the inverse: Rasmussen and Williams (2006),
+    # equations 5.10 to 5.12.
     precision = _inverse(errors.covariance)
     weights = precision @ errors.values
-    blocks = precision[folds[:, :, None], folds[:, None, :]]
-    values = jnp.linalg.solve(blocks, weights[folds][..., None])[..., 0]
-    return values, blocks
+    out = []
+    for chosen in folds:
+        blocks = precision[chosen[:, :, None], chosen[:, None, :]]
+        values = jnp.linalg.solve(blocks, weights[chosen][..., None])[..., 0]
+        out.append((values, blocks))
+    return out
 
 
 #

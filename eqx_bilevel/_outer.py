@@ -143,7 +143,7 @@ def optax_step(
 #
 
 
-def scaled(objective: AbstractObjective, value: ArrayLike) -> Array:
+def merit(objective: AbstractObjective, value: ArrayLike) -> Array:
     # What is minimised. Sums of squares span many orders of magnitude: in logarithms,
     # the valley around the minimum looks the same from near and far.
     squares = isinstance(objective, AbstractLeastSquaresObjective)
@@ -162,18 +162,19 @@ class _Flat(eqx.Module):
         here = jax.lax.stop_gradient(vector)
         found = solve_at(unravel(here), task, start)
 
-        def residuals(v):
+        def solution_at(v):
             theta = unravel(v)
-            solution = _differentiable(theta, task, task.objective, found)
+            return theta, _differentiable(theta, task, task.objective, found)
+
+        def residuals(v):
+            theta, solution = solution_at(v)
             r = task.objective.residuals(solution)
             return r, _outcome(theta, solution, 0.5 * jnp.sum(r**2))
 
         def value(v):
-            theta = unravel(v)
-            solution = _differentiable(theta, task, task.objective, found)
-            objective = task.objective(solution)
-            outcome = _outcome(theta, solution, objective)
-            return scaled(task.objective, objective), outcome
+            theta, solution = solution_at(v)
+            outcome = _outcome(theta, solution, task.objective(solution))
+            return merit(task.objective, outcome.objective), outcome
 
         if self.least_squares:
             jacobian, _ = jax.jacfwd(residuals, has_aux=True)(here)

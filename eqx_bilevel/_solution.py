@@ -23,7 +23,7 @@ from ._jets import (
     Trace,
     trace,
 )
-from ._left_out import folds_of, left_out, predicted, rows_of
+from ._left_out import Errors, folds_of, left_out, predicted, rows_of
 from ._linearised import block_product, curvatures, linearise, noise_variances
 from ._parameters import unwrap
 from ._pretty import named_doc
@@ -233,6 +233,21 @@ class Solution(eqx.Module):
         ]
         return (noise * self.weights)[np.concatenate(exact)]
 
+    def _predicted(self, names: Sequence[str]) -> Errors:
+        # The targets of these conditions, from all others.
+        rows = [rows_of(self._problem, name).reshape(-1) for name in names]
+        rhs = linearise(self._problem, self._z).rhs
+        return predicted(self._gram.as_matrix(), rhs, np.concatenate(rows))
+
+    def _left_out(
+        self, condition: str | None, num_folds: int | None
+    ) -> list[tuple[Array, Array]]:
+        # Its folds, from all else; `None` is the first condition, and single points.
+        found, name = find_condition(self.conditions, condition)
+        shape = rows_of(self._problem, name).shape
+        folds = folds_of(shape, found.num_targets if num_folds is None else num_folds)
+        return left_out(self._predicted([name]), folds)
+
     @property
     def _unknowns(self):
         return names_of(self.prior)
@@ -376,12 +391,7 @@ def _sample(solution: Solution, operators, x, key, num_samples):
 
 @eqx.filter_jit
 def _standardised_errors(solution: Solution, condition: str | None):
-    found, name = find_condition(solution.conditions, condition)
-    rows = rows_of(solution._problem, name)
-    rhs = linearise(solution._problem, solution._z).rhs
-    errors = predicted(solution._gram.as_matrix(), rhs, rows.reshape(-1))
-    (folds,) = folds_of(rows.shape, found.num_targets)
-    values, precisions = left_out(errors, folds)
+    ((values, precisions),) = solution._left_out(condition, None)
     root = jnp.linalg.cholesky(precisions)
     return jnp.einsum("nji,nj->ni", root, values)
 

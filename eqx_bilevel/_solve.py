@@ -170,8 +170,7 @@ def _check_values(condition: Condition, name: str) -> None:
                 "infinite."
             )
     points = condition.points
-    exact = condition.noise is None and condition.quadrature is None
-    if exact and is_concrete(points):
+    if _needs_distinct_points(condition) and is_concrete(points):
         distinct = np.unique(np.asarray(points), axis=0)
         if len(distinct) < len(points):
             raise ValueError(
@@ -180,14 +179,19 @@ def _check_values(condition: Condition, name: str) -> None:
             )
 
 
+def _needs_distinct_points(condition: Condition) -> bool:
+    return condition.noise is None and condition.quadrature is None
+
+
 def sanitised(prior, conditions) -> tuple[Problem, RESULTS]:
     # What `_check_values` finds must be found again here, for values that were traced.
     # A problem that is not finite is replaced by one that is, since linear solves raise
     # when they are differentiated at nan, even if the outcome is not used.
     tree = (prior, conditions)
     finite = [jnp.all(jnp.isfinite(x)) for x in _floats(tree)]
-    exact = [c for c in conditions if c.noise is None and c.quadrature is None]
-    repeated = [_has_duplicates(c.points) for c in exact]
+    repeated = [
+        _has_duplicates(c.points) for c in filter(_needs_distinct_points, conditions)
+    ]
     cure = lambda x: jnp.where(jnp.isfinite(x), x, jnp.ones_like(x))
     # It has no derivatives either, which are nan before their values are.
     good = jnp.stack(finite).all()

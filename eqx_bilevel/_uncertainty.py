@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from ._adjoint import FixedPointAdjoint
+from ._closure import function_as_pytree
 from ._gauss_newton import GaussNewton
 from ._learn import Learned
 from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
@@ -50,12 +51,9 @@ class HyperparameterPosterior(eqx.Module):
             unknowns.
         """
         given = self.solution.std(x, operator)
-
-        def read(theta):
-            solution = solve_at(theta, self._task, self._start)
-            return solution(x) if operator is None else solution.apply(operator, x)
-
-        return jax.tree.map(jnp.hypot, given, self._std(read))
+        operator = function_as_pytree(operator)
+        slopes = _slopes(_read, self._theta, self._task, self._start, operator, x)
+        return jax.tree.map(jnp.hypot, given, self._std(slopes))
 
     def std_of(self, fn: Callable[[Any, Any], PyTree[Array]]) -> PyTree[Array]:
         """The standard deviation of a function of the hyperparameters.
@@ -71,22 +69,29 @@ class HyperparameterPosterior(eqx.Module):
         - `fn`: A function of the prior and the list of conditions, with numbers in the
             place of parameters. It returns an array, or a PyTree of them.
         """
-        return self._std(lambda theta: fn(*unwrap(eqx.combine(theta, self._task.rest))))
+        fn = function_as_pytree(fn)
+        return self._std(_slopes(_apply, self._theta, self._task, fn))
 
-    def _std(self, fn: Callable[[PyTree], PyTree[Array]]) -> PyTree[Array]:
-        slopes = _slopes(fn, self._theta)
+    def _std(self, slopes: PyTree[Array]) -> PyTree[Array]:
         variance = lambda s: jnp.einsum("p...,pq,q...->...", s, self.covariance, s)
         return jax.tree.map(lambda s: jnp.sqrt(variance(s)), slopes)
 
 
-def _slopes(fn, theta):
+def _read(theta, task: Task, start: Start, operator, x):
+    solution = solve_at(theta, task, start)
+    return solution(x) if operator is None else solution.apply(operator, x)
+
+
+def _apply(theta, task: Task, fn):
+    return fn(*unwrap(eqx.combine(theta, task.rest)))
+
+
+@eqx.filter_jit
+def _slopes(fn: Callable, theta: PyTree, *args: Any) -> PyTree[Array]:
     # The derivative in each direction, one after the other.
     vector, unravel = ravel_pytree(theta)
-
-    @jax.jit
-    def along(direction):
-        return jax.jvp(lambda v: fn(unravel(v)), (vector,), (direction,))[1]
-
+    at = lambda v: fn(unravel(v), *args)
+    along = lambda direction: jax.jvp(at, (vector,), (direction,))[1]
     return jax.lax.map(along, jnp.eye(vector.size, dtype=vector.dtype))
 
 
@@ -104,7 +109,7 @@ def laplace(
     - `learned`: What [`eqx_bilevel.learn`][] returned.
     - `objective`: The objective that it minimised. It must be the negative logarithm of
         a probability density: [`eqx_bilevel.NegativeLogEvidence`][], perhaps with
-        [`eqx_bilevel.Objective`][]s for what was known of hyperparameters before.
+        an [`eqx_bilevel.NegativeLogHyperprior`][].
     - `solver`: The inner solver.
 
     **Returns:**
@@ -133,7 +138,7 @@ def laplace(
     theta, task = partition(learned.prior, learned.conditions, task)
     found = learned.solution
     start = Start(found._next_z, jnp.array(False), found.stats["jitter"])
-    hessian = _hessian(theta, task, start)
+    hessian = _slopes(_gradient, theta, task, start)
     hessian = 0.5 * (hessian + hessian.T)
     values = np.linalg.eigvalsh(np.asarray(hessian))
     if not values[0] > 1e-10 * values[-1]:
@@ -142,15 +147,12 @@ def laplace(
             "The hyperparameters are not determined: the eigenvalues of the second "
             f"derivatives of the objective reach from {low:.1e} to {high:.1e}. Learn "
             "for longer, freeze some of them (`eqx_bilevel.Frozen`), or add to the "
-            "objective what was known of them before (`eqx_bilevel.Objective`)."
+            "objective what was known of them before (`NegativeLogHyperprior`)."
         )
     covariance = jnp.linalg.inv(hessian)
     return HyperparameterPosterior(found, covariance, theta, task, start)
 
 
-@eqx.filter_jit
-def _hessian(theta, task: Task, start: Start):
-    vector, unravel = ravel_pytree(theta)
-    value = lambda v: task.objective(solve_at(unravel(v), task, start))
-    along = lambda e: jax.jvp(jax.grad(value), (vector,), (e,))[1]
-    return jax.lax.map(along, jnp.eye(vector.size, dtype=vector.dtype))
+def _gradient(theta, task: Task, start: Start):
+    value = lambda theta: task.objective(solve_at(theta, task, start))
+    return ravel_pytree(jax.grad(value)(theta))[0]

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
 from ._condition import as_points, as_target, Condition, is_concrete
 from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
@@ -82,10 +82,7 @@ class ValidationResidual(AbstractLeastSquaresObjective):
             return self
         n = len(self.points)
         chosen = jax.random.choice(key, n, (self.batch_size,), replace=False)
-        target = self.target
-        if not callable(target):
-            part = lambda t: t[chosen] if jnp.ndim(t) > 0 else t
-            target = jax.tree.map(part, target)
+        target = _some(self.target, chosen)
         share = self.batch_size / n
         weight = self.misfit_weight * share
         points = self.points[chosen]
@@ -152,6 +149,12 @@ def _each_point(target: Array, num_points: int) -> Array:
     return jnp.full(num_points, target) if one else target
 
 
+def _some(target: PyTree, chosen: Int[Array, " k"]) -> PyTree:
+    if callable(target):
+        return target
+    return jax.tree.map(lambda t: t[chosen] if jnp.ndim(t) > 0 else t, target)
+
+
 def hold_out(
     condition: Condition, share: float = 0.2, *, key: PRNGKeyArray
 ) -> tuple[Condition, ValidationResidual]:
@@ -193,16 +196,11 @@ def hold_out(
     order = jax.random.permutation(key, n)
     held, kept = order[:num], order[num:]
 
-    def part(which):
-        target = condition.target
-        if not callable(target):
-            target = jax.tree.map(lambda t: t[which] if t.ndim else t, target)
-        return condition.points[which], target
-
+    points, target = condition.points, condition.target
     where = lambda c: (c.points, c.target)
-    points, target = part(held)
-    objective = ValidationResidual(points, condition.name, target=target)
-    return eqx.tree_at(where, condition, part(kept)), objective
+    rest = eqx.tree_at(where, condition, (points[kept], _some(target, kept)))
+    held_target = _some(target, held)
+    return rest, ValidationResidual(points[held], condition.name, target=held_target)
 
 
 ValidationResidual.__init__.__doc__ = """**Arguments:**

@@ -315,6 +315,10 @@ def solve_oracle(oracle: Oracle) -> Solved:
 #
 
 
+tight = eb.GaussNewton(rtol=1e-13, atol=1e-13)
+implicit, frozen = eb.FixedPointAdjoint(), eb.FrozenAdjoint()
+
+
 def central_difference(fn: Callable[[float], Any], h: float):
     """The derivative at zero, to fourth order."""
     near, far = fn(h) - fn(-h), fn(2 * h) - fn(-2 * h)

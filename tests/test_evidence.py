@@ -15,16 +15,15 @@ from .helpers import (
     burgers,
     central_difference,
     dot,
+    frozen,
+    implicit,
     moved,
     random_direction,
     relative_error,
+    tight,
     truth_of,
     value,
 )
-
-
-tight = eb.GaussNewton(rtol=1e-13, atol=1e-13)
-implicit, frozen = eb.FixedPointAdjoint(), eb.FrozenAdjoint()
 
 
 #

@@ -16,10 +16,13 @@ from .helpers import (
     burgers,
     central_difference,
     dot,
+    frozen,
+    implicit,
     moved,
     pendulum,
     random_direction,
     relative_error,
+    tight,
     truth_of,
 )
 
@@ -28,9 +31,6 @@ from .helpers import (
 examples = dict(
     additive=additive, burgers=burgers, pendulum=pendulum, averages=averages
 )
-
-tight = eb.GaussNewton(rtol=1e-13, atol=1e-13)
-implicit, frozen = eb.FixedPointAdjoint(), eb.FrozenAdjoint()
 
 
 def objective(theta, example, adjoint, solver=tight):

@@ -5,12 +5,14 @@ Solutions are even and periodic in x, so that half of the domain is enough: ther
 slopes at its ends.
 """
 
+import functools as ft
+
 import equinox as eqx
 import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import by_continuation, Published, Stage, tensor_grid, value
+from common import by_continuation, Published, tensor_grid, value
 from references import allen_cahn as reference
 
 
@@ -60,13 +62,11 @@ def stated(key, strength, n, place):
 
 def run(key, n=900, num=7, steps=(150, 80, 40)):
     key, network_key = jax.random.split(key)
-    first, others, last = steps
     values = np.linspace(1.0, strength, num)
-    stages = [Stage(v, n, others) for v in values[1:]]
-    stages = [Stage(values[0], n // 3, first), *stages, Stage(strength, 2 * n, last)]
     kernel = eb.Gibbs(eb.LengthscaleNetwork(2, 2, scale=0.25, key=network_key))
     prior = eb.GaussianProcess(kernel)
-    return by_continuation(prior, lambda *a: stated(key, *a), stages)
+    states = ft.partial(stated, key)
+    return by_continuation(prior, states, values, n=n, steps=steps)
 
 
 def compare(solution):

@@ -1,12 +1,14 @@
 """Burgers' equation with a sharp front: by continuation in the viscosity."""
 
+import functools as ft
+
 import burgers
 import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
 import numpy as np
 from burgers import Burgers, kernel, space_time, start
-from common import by_continuation, Published, Stage, tensor_grid, value
+from common import by_continuation, Published, tensor_grid, value
 from references import burgers as reference
 
 
@@ -38,12 +40,10 @@ def stated(key, viscosity, n, place):
 
 def run(key, n=1000, viscosity=viscosity, num=8, steps=(150, 100, 40)):
     key, network_key = jax.random.split(key)
-    first, others, last = steps
     values = np.geomspace(burgers.viscosity, viscosity, num)
-    stages = [Stage(v, n, others) for v in values[1:]]
-    stages = [Stage(values[0], n // 3, first), *stages, Stage(viscosity, 2 * n, last)]
     prior = eb.GaussianProcess(kernel(network_key))
-    return by_continuation(prior, lambda *a: stated(key, *a), stages)
+    states = ft.partial(stated, key)
+    return by_continuation(prior, states, values, n=n, steps=steps)
 
 
 def compare(solution, viscosity=viscosity):

@@ -6,7 +6,6 @@ which puts a solution beside the truth on a test grid. Nothing is chosen by look
 the truth.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -64,35 +63,17 @@ def learned_from(prior, conditions, objective) -> Run:
     return Run(untrained, learned.solution, learned)
 
 
-class Stage(NamedTuple):
-    """One value of a parameter, a number of points and of steps."""
-
-    value: float
-    n: int
-    steps: int
-
-
-def by_continuation(
-    prior: Any,
-    stated: Callable[..., tuple[list[eb.Condition], eb.AbstractObjective]],
-    stages: Sequence[Stage],
-) -> Run:
-    """Learns for one value of a parameter after the other, each time starting from the
-    kernel that was learned last. `stated(value, n, place)` is told how to choose points
-    from candidates: those that suit that kernel.
-    """
-    first = lambda candidates, n: candidates[:n]
-    conditions, _ = stated(stages[-1].value, stages[-1].n, first)
+def _in_stages(prior, stated, steps) -> Run:
+    # Each begins with the prior that the last one learned. `stated` are functions that
+    # are given this prior, or nothing at first.
+    conditions, _ = stated[-1](None)
     untrained = lambda: eb.solve(prior, conditions, throw=False)
-    stage, place = prior, first
-    for i, (value, n, steps) in enumerate(stages):
-        options = dict(steps=steps, scale_search=i == 0, throw=False)
-        learned = eb.learn(stage, *stated(value, n, place), **options)
-        stage, kernel = learned.prior, learned.prior.kernel
-        place = lambda candidates, n, kernel=kernel: eb.farthest_points(
-            candidates, kernel, n
-        )
-        print(f"{value:.3e}: {float(learned.objective):.1e}", file=sys.stderr)
+    before = None
+    for state, most in zip(stated, steps):
+        first = before is None
+        options = dict(steps=most, scale_search=first, throw=False)
+        learned = eb.learn(prior if first else before, *state(before), **options)
+        before = learned.prior
     return Run(untrained, learned.solution, learned)
 
 
@@ -105,11 +86,33 @@ def coarse_to_fine(
 ) -> Run:
     """Learns at more and more points. Steps at few points cost little, and what is
     learned there is where to start with more."""
-    conditions, _ = stated(sizes[-1])
-    untrained = lambda: eb.solve(prior, conditions, throw=False)
-    stage = prior
-    for i, (n, most) in enumerate(zip(sizes, steps)):
-        options = dict(steps=most, scale_search=i == 0, throw=False)
-        learned = eb.learn(stage, *stated(n), **options)
-        stage = learned.prior
-    return Run(untrained, learned.solution, learned)
+    return _in_stages(prior, [lambda _, n=n: stated(n) for n in sizes], steps)
+
+
+def by_continuation(
+    prior: Any,
+    stated: Callable[..., tuple[list[eb.Condition], eb.AbstractObjective]],
+    values: Sequence[float],
+    *,
+    n: int,
+    steps: tuple[int, int, int],
+) -> Run:
+    """Learns for one value of a parameter after the other, at `n` points: a third of
+    them for the first, and twice as many once more for the last.
+
+    `stated(value, n, place)` is told how to choose points from candidates: those that
+    suit the kernel that was learned last.
+    """
+
+    def place(before):
+        if before is None:
+            return lambda candidates, n: candidates[:n]
+        return lambda candidates, n: eb.farthest_points(candidates, before.kernel, n)
+
+    first, others, last = steps
+    stages = [(value, n, others) for value in values[1:]]
+    stages = [(values[0], n // 3, first), *stages, (values[-1], 2 * n, last)]
+    states = [
+        lambda before, v=v, n=n: stated(v, n, place(before)) for v, n, _ in stages
+    ]
+    return _in_stages(prior, states, [most for *_, most in stages])
