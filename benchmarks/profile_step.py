@@ -1,12 +1,12 @@
 """Where the time of one outer step goes, and how far each part is from arithmetic.
 
-The equation is Burgers', with the network of 2802 weights in the kernel, as in
-`hypergradient.py`. A step of `eqx_bilevel.learn` is one linearised solve, with the
+The cases are those of `hypergradient.py`; Burgers' equation has the network of 2802
+weights in its kernel. A step of `eqx_bilevel.learn` is one linearised solve, with the
 value of the objective, and then its gradient; their parts are timed on their own as
 well. The floor of a part is the number of its floating-point operations, as counted by
 the compiler, over what the machine does in a product of large matrices.
 
-    python benchmarks/profile_step.py --points 300 --points 900
+    python benchmarks/profile_step.py --case burgers --points 300 --points 900
 """
 
 import argparse
@@ -43,13 +43,13 @@ class Part(NamedTuple):
     compile_s: float
 
 
-def parts(n: int, gradient: str) -> dict[str, Part]:
-    prior, conditions, objective, kernel = stated(cases["burgers"], n, n // 3)
+def parts(case: str, n: int, gradient: str) -> dict[str, Part]:
+    prior, conditions, objective, kernel = stated(cases[case], n, n // 3)
     prior, conditions = _solve.checked(prior(kernel), conditions)
     adjoint = _learn._adjoint(gradient)
     one = jnp.array(1)
     task = _outer.Task(None, objective, eb.GaussNewton(), adjoint, one)
-    theta, task = _learn._separate(prior, conditions, task)
+    theta, task = _outer.partition(prior, conditions, task)
     found_parts = {}
 
     def part(name, fn, *arguments):
@@ -73,7 +73,7 @@ def parts(n: int, gradient: str) -> dict[str, Part]:
     matrix = part("Gram matrix", gram, eqx.filter_jit(problem)(theta))
     matrix = matrix + 1e-8 * jnp.diag(jnp.diagonal(matrix))
     part("factorisation", jnp.linalg.cholesky, matrix)
-    start = _outer.cold_start(theta, task)
+    start = _outer.cold_start(prior, conditions)
     found, _ = part("solve", _outer.evaluate.__wrapped__, theta, task, start)
     optimiser = optax.adam(1e-3)
     state, key = optimiser.init(theta), jax.random.key(0)
@@ -96,12 +96,13 @@ def operations(name: str, n: int, small: dict[str, Part]) -> float:
     return pairs + cube if name == "solve" else pairs
 
 
-def measure(n: int, gradient: str):
+def measure(case: str, n: int, gradient: str):
     rate = flops_per_second()
-    small = parts(few, gradient)
-    for name, part in parts(n, gradient).items():
+    small = parts(case, few, gradient)
+    for name, part in parts(case, n, gradient).items():
         _, times = timed(part.step, *part.arguments, repeats=10)
         row = dict(
+            case=case,
             part=name,
             gradient=gradient,
             points=n,
@@ -117,10 +118,11 @@ def measure(n: int, gradient: str):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", choices=cases, default="burgers")
     parser.add_argument("--points", type=int, action="append")
     given = parser.parse_args()
     header = ("points", "gradient", "part", "measured", "floor", "compile")
     print("{:>6}{:>10}{:>15}{:>12}{:>12}{:>10}".format(*header), file=sys.stderr)
     for n in given.points or (300, 900):
         for gradient in ("frozen", "implicit"):
-            measure(n, gradient)
+            measure(given.case, n, gradient)

@@ -184,20 +184,21 @@ def learn(
     learned_at_all, _ = partition(scaled, conditions, task)
     optimiser = _optimiser(optimiser, learned_at_all, objective, bool(scale_search))
     record = _Record(verbose, objective)
+    start = cold_start(prior, conditions)
     tried: list[Tried] = []
     if scale_search:
         num = 8 if scale_search is True else scale_search
         record.note("Compiling the scale search.")
-        prior, tried = _search(prior, conditions, task, num, record)
+        prior, tried = _search(prior, conditions, task, start, num, record)
     theta, task = partition(prior, conditions, task)
     if patience is None:
         stochastic = isinstance(optimiser, optax.GradientTransformation)
         patience = 200 if stochastic else 3 if _size(theta) <= _FEW else 10
     record.note("Compiling the step.")
     converged = _minimise(
-        optimiser, theta, task, steps, key, record, rtol, patience, bool(tried)
+        optimiser, theta, task, start, steps, key, record, rtol, patience, bool(tried)
     )
-    learned = _finish(theta, task, record, converged, tried)
+    learned = _finish(theta, task, start, record, converged, tried)
     if pool:
         learned = _pool(learned, objective, solver)
     failed = learned.solution.result != RESULTS.successful
@@ -360,12 +361,10 @@ class _Record:
 
 
 def _minimise(
-    optimiser, theta, task, steps, key, record: _Record, rtol, patience, searched
+    optimiser, theta, task, start, steps, key, record: _Record, rtol, patience, searched
 ) -> bool:
     # In stages, each with its own automatic nugget: if that changed from step to step,
     # its jumps would make local minima. Returns whether the last stage converged.
-    start = cold_start(theta, task)
-    smallest = start.jitter
     few = _with_inner_steps(task, _FEW_INNER_STEPS)
     patient = False
     if isinstance(optimiser, BoundedBFGS) and not searched:
@@ -391,9 +390,9 @@ def _minimise(
         if unsolved or (improved and record.gave_up(since)):
             theta, start = best.theta, _warm(best, best.jitter)
             continue
-        if not (converged and improved) or best.jitter <= smallest:
+        if not (converged and improved):
             return converged
-        _, outcome = evaluate(best.theta, few, _warm(best, smallest))
+        _, outcome = evaluate(best.theta, few, _warm(best, jnp.zeros_like(best.jitter)))
         if outcome.jitter >= best.jitter:
             return converged
         theta, start = best.theta, _warm(outcome, outcome.jitter)
@@ -418,7 +417,8 @@ def _better_start(optimiser, theta, task: Task, few: Task, start: Start) -> PyTr
     # for as long as it gets better.
     vector, unravel = ravel_pytree(theta)
     state = optimistix_init(optimiser, theta, task, start)
-    step = _attempt(optimistix_step, optimiser, state, vector, theta, task, start)
+    args = state, vector, theta, task, *evaluate(theta, task, start)
+    step = _attempt(optimistix_step, optimiser, *args)
     if step is None:
         return theta
 
@@ -484,24 +484,27 @@ def _run_optimistix(optimiser, theta, task, start, steps):
     state, done = optimistix_init(optimiser, theta, task, start), False
     last = np.nan
     for _ in range(steps):
-        step = _attempt(optimistix_step, optimiser, state, vector, theta, task, start)
+        found, outcome = evaluate(theta, task, start)
+        args = state, vector, theta, task, found, outcome
+        step = _attempt(optimistix_step, optimiser, *args)
         if step is None:
             return
-        objective = float(step.outcome.objective)
+        objective = float(outcome.objective)
         # If the step was rejected then this is what it was before.
-        ok = np.isfinite(objective) and objective != last
+        ok = bool(np.isfinite(objective)) and objective != last
         # After the last step, one more tells how good its result is.
-        yield step.outcome, objective, ok, done
+        yield outcome, objective, ok, done
         vector, state, done = step.vector, step.state, bool(step.done)
+        theta = step.next_theta
         if ok:
-            start, last = _warm(step.outcome, step.outcome.jitter), objective
+            start, last = _warm(outcome, outcome.jitter), objective
 
 
-def _search(prior, conditions, task: Task, num: int, record: _Record):
+def _search(prior, conditions, task: Task, start: Start, num: int, record: _Record):
     def value(lengths, candidate):
         few = _with_inner_steps(task, _FEW_INNER_STEPS)
         theta, scaled = partition(candidate, conditions, few)
-        _, outcome = evaluate(theta, scaled, cold_start(theta, scaled))
+        _, outcome = evaluate(theta, scaled, start)
         record.add_search(lengths, outcome)
         objective = float(outcome.objective)
         return objective if np.isfinite(objective) else np.inf
@@ -509,10 +512,8 @@ def _search(prior, conditions, task: Task, num: int, record: _Record):
     return search_scale(prior, conditions, value, num)
 
 
-def _finish(theta, task: Task, record: _Record, converged: bool, tried) -> Learned:
-    if record.outcome is None:
-        start = cold_start(theta, task)
-    else:
+def _finish(theta, task, start, record: _Record, converged: bool, tried) -> Learned:
+    if record.outcome is not None:
         best = record.outcome
         theta, start = best.theta, _warm(best, best.jitter)
     few = _with_inner_steps(task, _FEW_INNER_STEPS)

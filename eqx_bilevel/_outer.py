@@ -13,15 +13,16 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from ._condition import learned_in
+from ._condition import Condition, learned_in
 from ._gauss_newton import GaussNewton
 from ._hypergradient import differentiable
 from ._linearised import prior_z
 from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
 from ._parameters import unwrap
+from ._problem import trace_conditions
 from ._results import RESULTS
 from ._solution import Solution
-from ._solve import initial_jitter, sanitised, solve_problem
+from ._solve import all_finite, initial_jitter, sanitised, solve_problem
 
 
 class Task(eqx.Module):
@@ -69,7 +70,7 @@ def solve_at(theta: PyTree, task: Task, start: Start) -> Solution:
         task.adjoint,
         jnp.where(start.cold, prior_z(problem), start.z),
         start.cold,
-        start.jitter,
+        jnp.maximum(start.jitter, initial_jitter(problem)),
         task.max_inner_steps,
     )
 
@@ -100,10 +101,12 @@ def evaluate(theta: PyTree, task: Task, start: Start) -> tuple[Solution, Outcome
     return solution, _outcome(theta, solution, task.objective(solution))
 
 
-@eqx.filter_jit
-def cold_start(theta: PyTree, task: Task) -> Start:
-    problem, _ = sanitised(*unwrap(eqx.combine(theta, task.rest)))
-    return Start(prior_z(problem), jnp.array(True), initial_jitter(problem))
+def cold_start(prior: Any, conditions: list[Condition]) -> Start:
+    traces = trace_conditions(*unwrap((prior, conditions)))
+    each = zip(conditions, traces)
+    size = sum(len(c.points) * len(t.nonlinear) for c, t in each)
+    zeros = jnp.zeros(size, conditions[0].points.dtype)
+    return Start(zeros, jnp.array(True), jnp.zeros((), zeros.dtype))
 
 
 #
@@ -131,11 +134,9 @@ def optax_step(
     batch = task.objective.batch(key)
     loss = lambda theta: batch(_differentiable(theta, task, batch, found))
     value, gradient = eqx.filter_value_and_grad(loss)(theta)
-    leaves = jax.tree.leaves(gradient)
-    finite = [jnp.isfinite(value), *[jnp.all(jnp.isfinite(g)) for g in leaves]]
     with jax.numpy_dtype_promotion("standard"):  # Optax relies on it.
         updates, opt_state = optimiser.update(gradient, opt_state, theta)
-    return OptaxStep(updates, opt_state, value, jnp.stack(finite).all())
+    return OptaxStep(updates, opt_state, value, all_finite((value, gradient)))
 
 
 #
@@ -150,67 +151,67 @@ def merit(objective: AbstractObjective, value: ArrayLike) -> Array:
     return jnp.log(value) if squares else jnp.asarray(value)
 
 
-class _Flat(eqx.Module):
+class _Model(eqx.Module):
     # The objective as a function of the vector of all hyperparameters, as Optimistix
-    # solvers like it. Its derivatives are computed here, where it is known which way is
-    # cheaper, and what is handed on is a function that has them.
+    # solvers like it: to first order around those of which a solution was found. Its
+    # derivatives are computed here, where it is known which way is cheaper.
     least_squares: bool = eqx.field(static=True)
 
     def __call__(self, vector, args):
-        theta, task, start = args
-        _, unravel = ravel_pytree(theta)
-        here = jax.lax.stop_gradient(vector)
-        found = solve_at(unravel(here), task, start)
-
-        def solution_at(v):
-            theta = unravel(v)
-            return theta, _differentiable(theta, task, task.objective, found)
-
-        def residuals(v):
-            theta, solution = solution_at(v)
-            r = task.objective.residuals(solution)
-            return r, _outcome(theta, solution, 0.5 * jnp.sum(r**2))
-
-        def value(v):
-            theta, solution = solution_at(v)
-            outcome = _outcome(theta, solution, task.objective(solution))
-            return merit(task.objective, outcome.objective), outcome
-
+        theta, task, found, outcome = args
+        here, unravel = ravel_pytree(theta)
+        solution_at = lambda v: _differentiable(unravel(v), task, task.objective, found)
         if self.least_squares:
-            jacobian, _ = jax.jacfwd(residuals, has_aux=True)(here)
-            r, outcome = residuals(here)
-            return r + jacobian @ (vector - here), outcome
+            residuals = lambda v: (task.objective.residuals(solution_at(v)),) * 2
+            slope, value = jax.jacfwd(residuals, has_aux=True)(here)
         else:
-            (f, outcome), gradient = jax.value_and_grad(value, has_aux=True)(here)
-            return f + gradient @ (vector - here), outcome
+            value_at = lambda v: merit(task.objective, task.objective(solution_at(v)))
+            value, slope = jax.value_and_grad(value_at)(here)
+        # It is not known anywhere else.
+        value = jnp.where(jnp.all(vector == here), value, jnp.nan)
+        return value + slope @ (vector - here), outcome
 
 
 class OptimistixStep(eqx.Module):
-    vector: Float[Array, " P"]
+    vector: Float[Array, " P"]  # the best so far
     state: Any
-    outcome: Outcome  # of the last vector but one, as Optimistix has it
+    next_theta: PyTree  # what will be evaluated next
     done: Bool[Array, ""]
-
-
-def _method(solver, theta, task, start):
-    fn = _Flat(isinstance(solver, optx.AbstractLeastSquaresSolver))
-    vector, _ = ravel_pytree(theta)
-    return fn, vector, (theta, task, start)
 
 
 @eqx.filter_jit
 def optimistix_init(solver, theta: PyTree, task: Task, start: Start):
-    fn, vector, args = _method(solver, theta, task, start)
-    f_struct, aux_struct = eqx.filter_eval_shape(fn, vector, args)
-    return solver.init(fn, vector, args, {}, f_struct, aux_struct, frozenset())
+    found, outcome = eqx.filter_eval_shape(evaluate, theta, task, start)
+    least_squares = isinstance(solver, optx.AbstractLeastSquaresSolver)
+    value = outcome.objective
+    if least_squares:
+        value = eqx.filter_eval_shape(task.objective.residuals, found)
+    model, args = _Model(least_squares), (theta, task, found, outcome)
+    vector, _ = ravel_pytree(theta)
+    return solver.init(model, vector, args, {}, value, outcome, frozenset())
 
 
 @eqx.filter_jit
 def optimistix_step(
-    solver, state: Any, vector: Array, theta: PyTree, task: Task, start: Start
+    solver,
+    state: Any,
+    vector: Array,
+    theta: PyTree,
+    task: Task,
+    found: Solution,
+    outcome: Outcome,
 ) -> OptimistixStep:
-    fn, _, args = _method(solver, theta, task, start)
-    vector, state, outcome = solver.step(fn, vector, args, {}, state, frozenset())
-    done, result = solver.terminate(fn, vector, args, {}, state, frozenset())
+    model = _Model(isinstance(solver, optx.AbstractLeastSquaresSolver))
+    args = theta, task, found, outcome
+    vector, state, _ = solver.step(model, vector, args, {}, state, frozenset())
+    done, result = solver.terminate(model, vector, args, {}, state, frozenset())
     done = done | (result != optx.RESULTS.successful)
-    return OptimistixStep(vector, state, outcome, done)
+    _, unravel = ravel_pytree(theta)
+    return OptimistixStep(vector, state, unravel(_evaluated_next(state, vector)), done)
+
+
+def _evaluated_next(state: Any, vector: Array) -> Array:
+    # As Optimistix's solvers have it. Some are around another one.
+    while hasattr(state, "state"):
+        state = state.state
+    return getattr(state, "y_eval", vector)

@@ -188,19 +188,19 @@ def sanitised(prior, conditions) -> tuple[Problem, RESULTS]:
     # A problem that is not finite is replaced by one that is, since linear solves raise
     # when they are differentiated at nan, even if the outcome is not used.
     tree = (prior, conditions)
-    finite = [jnp.all(jnp.isfinite(x)) for x in _floats(tree)]
+    good = all_finite(tree)
     repeated = [
         _has_duplicates(c.points) for c in filter(_needs_distinct_points, conditions)
     ]
     cure = lambda x: jnp.where(jnp.isfinite(x), x, jnp.ones_like(x))
     # It has no derivatives either, which are nan before their values are.
-    good = jnp.stack(finite).all()
     cut = lambda x: jnp.where(good, x, jax.lax.stop_gradient(cure(x)))
     tree = jax.tree.map(lambda x: cut(x) if eqx.is_inexact_array(x) else x, tree)
     problem = build(*tree)
-    finite += [jnp.all(jnp.isfinite(r.target)) for r in problem.rows]
-    targets = [cure(r.target) for r in problem.rows]
-    problem = eqx.tree_at(lambda p: [r.target for r in p.rows], problem, targets)
+    targets = [r.target for r in problem.rows]
+    known = all_finite(targets)
+    cured = [cure(target) for target in targets]
+    problem = eqx.tree_at(lambda p: [r.target for r in p.rows], problem, cured)
     # Not a comparison with <=, which nan would pass.
     least = noise_variances(problem, jnp.ones((), problem.dtype)).min()
     no_scale = [jnp.invert(least > 0)]
@@ -208,11 +208,17 @@ def sanitised(prior, conditions) -> tuple[Problem, RESULTS]:
     for faults, kind in (
         (no_scale, RESULTS.no_scale),
         (repeated, RESULTS.duplicate_points),
-        ([~jnp.stack(finite).all()], RESULTS.nonfinite_data),
+        ([~(good & known)], RESULTS.nonfinite_data),
     ):
         if faults:
             result = RESULTS.where(jnp.stack(faults).any(), kind, result)
     return problem, result
+
+
+def all_finite(tree) -> Bool[Array, ""]:
+    # In one reduction, since each is a loop to compile.
+    finite = [jnp.isfinite(x).reshape(-1) for x in _floats(tree)]
+    return jnp.concatenate(finite).all()
 
 
 def _floats(tree) -> list[Array]:

@@ -10,11 +10,13 @@ import pytest
 
 
 benchmarks = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(benchmarks / "experiments"))
+sys.path[:0] = [str(benchmarks / "experiments"), str(benchmarks)]
 
 import breadth  # pyright: ignore[reportMissingImports]
+import hypergradient  # pyright: ignore[reportMissingImports]
 import inverse  # pyright: ignore[reportMissingImports]
 import linearisation  # pyright: ignore[reportMissingImports]
+import profile_step  # pyright: ignore[reportMissingImports]
 import reporting  # pyright: ignore[reportMissingImports]
 import robustness  # pyright: ignore[reportMissingImports]
 import run  # pyright: ignore[reportMissingImports]
@@ -131,3 +133,12 @@ def test_tables_are_those_of_the_results(name):
     module = run if name == "experiments" else importlib.import_module(name)
     table = module.table(kept if name == "experiments" else kept["runs"])
     assert (reporting.results / f"{name}.md").read_text() == table + "\n"
+
+
+def test_costs_of_a_step(capsys):
+    # Both ways have the same objective, up to the effect of their nuggets.
+    rows = [hypergradient.measure("elliptic", way, 12) for way in hypergradient.ways]
+    objectives = [row["objective"] for row in rows]
+    np.testing.assert_allclose(objectives[1:], objectives[0], rtol=1e-4)
+    profile_step.measure("elliptic", 12, "frozen")
+    assert "factorisation" in capsys.readouterr().out

@@ -118,6 +118,16 @@ def _table(k: Any, left_indices, right_indices) -> Table:
     return {key: jnp.asarray(get(key), jnp.result_type(value)) for key in keys}
 
 
+def spread(number: Array, shape: tuple[int, ...]) -> Array:
+    # For each point or pair, by a product with ones. So reverse mode adds up over pairs
+    # once, and not at each use; and XLA on CPUs hands reductions other than products to
+    # a library that does one operation at a time, which keeps it from making one loop.
+    if len(shape) < 2:
+        return jnp.broadcast_to(number, shape)
+    rows, columns = (jnp.ones(n, number.dtype) for n in shape)
+    return jax.lax.dot(jax.lax.dot(rows[:, None], number[None, None]), columns[None])
+
+
 #
 # Radial kernels: k = phi(s), s = sum_d (D_d / l_d)^2, D = x - y.
 #
@@ -146,11 +156,11 @@ def _power(x, n: int):
 def _(kernel: AbstractRadialKernel, left_indices, right_indices, left, right):
     dim = len(left_indices[0])
     lengthscale = jnp.broadcast_to(value_of(kernel.lengthscale), (dim,))
-    # Not 1 / l^2, whose derivative is nan if l^2 overflows.
-    curvatures = [(1 / lengthscale[d]) ** 2 for d in range(dim)]
     # From differences: |x|^2 + |y|^2 - 2 x.y would lose the digits that small nuggets
     # need.
     difference = [left[d] - right[d] for d in range(dim)]
+    # Not 1 / l^2, whose derivative is nan if l^2 overflows.
+    curvatures = [spread((1 / l) ** 2, difference[0].shape) for l in lengthscale]
     slopes = [2 * c * d for c, d in zip(curvatures, difference)]
     squares = [0.5 * m * d for m, d in zip(slopes, difference)]
     s = sum(squares[1:], squares[0])
@@ -303,7 +313,9 @@ def _(kernel: Scaled, indices, x):
 @pairs.register
 def _(kernel: Scaled, left_indices, right_indices, left, right):
     table = pairs(kernel.kernel, left_indices, right_indices, left, right)
-    return {key: value_of(kernel.variance) * entry for key, entry in table.items()}
+    shape = next(iter(table.values())).shape
+    variance = spread(value_of(kernel.variance), shape)
+    return {key: variance * entry for key, entry in table.items()}
 
 
 @pairs.register

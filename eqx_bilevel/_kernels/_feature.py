@@ -46,9 +46,11 @@ class Gibbs(AbstractFeatureKernel):
         converter=_lengthscale_function
     )
 
+    # All that one point contributes is done here, once for each point and not for each
+    # pair.
     def features(
         self, x: Float[Array, " d"]
-    ) -> tuple[Float[Array, " d"], Float[Array, "..."]]:
+    ) -> tuple[Float[Array, " d"], Float[Array, "..."], Float[Array, ""]]:
         length = jnp.asarray(unwrap(self.lengthscale)(x))
         if length.shape not in ((), x.shape):
             raise ValueError(
@@ -56,18 +58,18 @@ class Gibbs(AbstractFeatureKernel):
                 f"for a point of shape {x.shape}. It must return a scalar, or one "
                 "number for each dimension."
             )
-        return x, length
+        # A scalar counts once per dimension.
+        logarithms = jnp.broadcast_to(0.5 * jnp.log(length), x.shape)
+        return x, length * length, jnp.sum(logarithms)
 
     def pair(self, f: PyTree[Array], g: PyTree[Array]) -> Float[Array, ""]:
-        (x, length_x), (y, length_y) = f, g
-        squares = length_x * length_x + length_y * length_y
-        # Everything in the exponent, and one logarithm for each factor: so derivatives
-        # are cheap. A scalar counts once per dimension.
-        logarithms = jnp.log(2 * length_x) + jnp.log(length_y) - jnp.log(squares)
-        prefactor = jnp.sum(logarithms)
-        if jnp.ndim(length_x) == 0:
-            prefactor = prefactor * x.size
-        return jnp.exp(0.5 * prefactor - jnp.sum((x - y) ** 2 / squares))
+        (x, square_x, log_x), (y, square_y, log_y) = f, g
+        squares = square_x + square_y
+        # Everything in the exponent: so derivatives are cheap.
+        factors = jnp.sum(0.5 * jnp.log(0.5 * squares))
+        if jnp.ndim(squares) == 0:
+            factors = factors * x.size
+        return jnp.exp(log_x + log_y - factors - jnp.sum((x - y) ** 2 / squares))
 
 
 Gibbs.__init__.__doc__ = r"""**Arguments:**
