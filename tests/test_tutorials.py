@@ -44,6 +44,30 @@ def test_diffusion(tmp_path, capsys):
     assert matplotlib.image.imread(picture).std() > 0.1
 
 
+def test_conductivity(tmp_path, capsys, monkeypatch):
+    tutorial = runpy.run_path(str(tutorials / "conductivity.py"))
+    # The exact temperature, by another formula where the conductivity is constant.
+    x = np.linspace(0, 1, 11)
+    exact, truth = tutorial["exact"], tutorial["log_conductivity"]
+    with monkeypatch.context() as patch:
+        patch.setitem(exact.__globals__, "log_conductivity", np.zeros_like)
+        np.testing.assert_allclose(exact(x), x * (1 - x) / 2, atol=1e-8)
+
+    picture = tmp_path / "conductivity.png"
+    learned, posterior = tutorial["main"](picture)
+    x = np.linspace(0, 1, 101)
+    std = np.asarray(posterior.std(x[:, None])["a"])
+    error = np.asarray(learned.solution(x[:, None])["a"]) - truth(x)
+    assert np.linalg.norm(error) < 0.12 * np.linalg.norm(truth(x))
+    assert np.mean(np.abs(error) < 1.645 * std) > 0.8
+    # No heat flows where the temperature is largest.
+    top = np.argmax(exact(x))
+    assert std[top] > 2 * std[10] and std[top] > 2 * std[90]
+    assert 5e-4 < learned.conditions[2].noise.value < 2e-3
+    assert str(picture) in capsys.readouterr().out
+    assert matplotlib.image.imread(picture).std() > 0.1
+
+
 def test_elliptic(tmp_path, capsys):
     main = runpy.run_path(str(tutorials / "elliptic.py"))["main"]
     picture = tmp_path / "elliptic.png"
