@@ -484,20 +484,19 @@ def _run_optimistix(optimiser, theta, task, start, steps):
     state, done = optimistix_init(optimiser, theta, task, start), False
     last = np.nan
     for _ in range(steps):
-        found, outcome = evaluate(theta, task, start)
-        args = state, vector, theta, task, found, outcome
+        args = state, vector, theta, task, *evaluate(theta, task, start)
         step = _attempt(optimistix_step, optimiser, *args)
         if step is None:
             return
-        objective = float(outcome.objective)
+        objective = float(step.outcome.objective)
         # If the step was rejected then this is what it was before.
         ok = bool(np.isfinite(objective)) and objective != last
         # After the last step, one more tells how good its result is.
-        yield outcome, objective, ok, done
+        yield step.outcome, objective, ok, done
         vector, state, done = step.vector, step.state, bool(step.done)
         theta = step.next_theta
         if ok:
-            start, last = _warm(outcome, outcome.jitter), objective
+            start, last = _warm(step.outcome, step.outcome.jitter), objective
 
 
 def _search(prior, conditions, task: Task, start: Start, num: int, record: _Record):

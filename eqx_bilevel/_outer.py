@@ -173,8 +173,11 @@ class _Model(eqx.Module):
 
 
 class OptimistixStep(eqx.Module):
-    vector: Float[Array, " P"]  # the best so far
+    vector: Float[Array, " P"]
     state: Any
+    outcome: (
+        Outcome  # of what was evaluated, or what it was before if that was rejected
+    )
     next_theta: PyTree  # what will be evaluated next
     done: Bool[Array, ""]
 
@@ -184,7 +187,7 @@ def optimistix_init(solver, theta: PyTree, task: Task, start: Start):
     found, outcome = eqx.filter_eval_shape(evaluate, theta, task, start)
     least_squares = isinstance(solver, optx.AbstractLeastSquaresSolver)
     value = outcome.objective
-    if least_squares:
+    if least_squares and isinstance(task.objective, AbstractLeastSquaresObjective):
         value = eqx.filter_eval_shape(task.objective.residuals, found)
     model, args = _Model(least_squares), (theta, task, found, outcome)
     vector, _ = ravel_pytree(theta)
@@ -203,11 +206,12 @@ def optimistix_step(
 ) -> OptimistixStep:
     model = _Model(isinstance(solver, optx.AbstractLeastSquaresSolver))
     args = theta, task, found, outcome
-    vector, state, _ = solver.step(model, vector, args, {}, state, frozenset())
+    vector, state, outcome = solver.step(model, vector, args, {}, state, frozenset())
     done, result = solver.terminate(model, vector, args, {}, state, frozenset())
     done = done | (result != optx.RESULTS.successful)
     _, unravel = ravel_pytree(theta)
-    return OptimistixStep(vector, state, unravel(_evaluated_next(state, vector)), done)
+    next_theta = unravel(_evaluated_next(state, vector))
+    return OptimistixStep(vector, state, outcome, next_theta, done)
 
 
 def _evaluated_next(state: Any, vector: Array) -> Array:

@@ -87,6 +87,36 @@ def test_finds_the_minimum(optimiser, gradient):
     )
 
 
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        optx.BFGS(1e-3, 1e-3),
+        optx.BestSoFarMinimiser(optx.NonlinearCG(1e-3, 1e-3)),
+        optx.Dogleg(1e-3, 1e-3),
+    ],
+    ids=["bfgs", "best_so_far", "dogleg"],
+)
+def test_rejected_steps_leave_no_trace(optimiser):
+    # The first step of some is far too long: the solve fails there, or needs a nugget
+    # that must not be kept.
+    learned = eb.learn(
+        _prior(0.2),
+        _conditions(nugget=None),
+        eb.ValidationResidual(validation),
+        optimiser,
+        steps=25,
+        scale_search=False,
+        throw=False,
+    )
+    history, accepted = learned.history, learned.history["accepted"]
+    objective, jitter = history["objective"], history["jitter"]
+    assert np.all(np.isfinite(objective))
+    rejected = np.flatnonzero(~accepted)
+    np.testing.assert_array_equal(objective[rejected], objective[rejected - 1])
+    assert np.max(jitter) <= 10 * jitter[0]
+    assert learned.objective < 1e-6 * objective[0]
+
+
 def test_history_and_best():
     rows = []
     learned = eb.learn(
