@@ -121,8 +121,9 @@ def learn(
     - `objective`: An [`eqx_bilevel.AbstractObjective`][], or a sum of them.
     - `optimiser`: An Optax optimiser; or an Optimistix minimiser (of the logarithm of
         the objective, if that is a sum of squares); or a least-squares solver, if it
-        is. Default: [`eqx_bilevel.BoundedBFGS`][] for up to 3000 hyperparameters, and
-        otherwise `optax.adam(1e-3)`.
+        is. Each of its steps must evaluate the objective at one point, as all but
+        `optimistix.NelderMead` do. Default: [`eqx_bilevel.BoundedBFGS`][] for up to
+        3000 hyperparameters, and otherwise `optax.adam(1e-3)`.
 
     The remaining arguments are keyword-only.
 
@@ -251,6 +252,11 @@ def _optimiser(optimiser, theta, objective, searched: bool) -> _Optimiser:
         raise ValueError(
             "`optimiser` is for least squares, but the objective is no sum of squares. "
             "Use a minimiser, such as `eqx_bilevel.BoundedBFGS`."
+        )
+    if isinstance(optimiser, optx.NelderMead):
+        raise ValueError(
+            "`optimiser` must evaluate the objective at one point in each step, which "
+            "`optimistix.NelderMead` does not."
         )
     if not isinstance(optimiser, _Optimiser):
         raise ValueError(

@@ -355,6 +355,15 @@ _wrong = {
         ),
         "nothing to learn",
     ),
+    "optimiser of many points": (
+        lambda: eb.learn(
+            _prior(),
+            data,
+            eb.ValidationResidual(grid, "ends"),
+            optimiser=optx.NelderMead(1e-3, 1e-3),
+        ),
+        "`optimiser` must evaluate the objective at one point.*NelderMead",
+    ),
     "optimiser": (
         lambda: eb.learn(
             _prior(), data, eb.ValidationResidual(grid, "ends"), optimiser="adam"
