@@ -216,7 +216,6 @@ def sanitised(prior, conditions) -> tuple[Problem, RESULTS]:
 
 
 def all_finite(tree) -> Bool[Array, ""]:
-    # In one reduction, since each is a loop to compile.
     finite = [jnp.isfinite(x).reshape(-1) for x in _floats(tree)]
     return jnp.concatenate(finite).all()
 

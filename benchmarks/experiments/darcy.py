@@ -26,8 +26,7 @@ def balance(u, x):
 
 
 def prior():
-    fixed = lambda number: eb.Frozen(jnp.array(number))
-    vague = eb.Scaled(eb.Gaussian(fixed(0.3)), fixed(1e4))
+    vague = eb.Scaled(eb.Gaussian(eb.Frozen(0.3)), eb.Frozen(1e4))
     return {
         "u": eb.GaussianProcess(vague),
         "a": eb.GaussianProcess(eb.Scaled(eb.Gaussian(0.3), 1.0), mean=0.0),
