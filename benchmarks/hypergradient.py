@@ -171,7 +171,10 @@ def learning(gradient: str, case: Case, n: int, m: int) -> dict[str, Any]:
     # As it is in `learn`, where a solve and its gradient are compiled separately.
     prior, conditions, objective, k = stated(case, n, m)
     clocks = [(time.perf_counter(), time.process_time())]
-    read = lambda report: clocks.append((time.perf_counter(), time.process_time()))
+
+    def read(progress):
+        clocks.append((time.perf_counter(), time.process_time()))
+
     learned = eb.learn(
         prior(k),
         conditions,
@@ -181,7 +184,7 @@ def learning(gradient: str, case: Case, n: int, m: int) -> dict[str, Any]:
         steps=8,
         scale_search=False,
         max_inner_steps=1,
-        verbose=read,
+        callback=read,
         throw=False,
     )
     first, *steps = [

@@ -51,6 +51,7 @@ from ._parameters import (
 )
 from ._placement import farthest_points as farthest_points
 from ._points import AbstractDomain as AbstractDomain, Box as Box
+from ._progress import Progress as Progress
 from ._quasi_newton import BoundedBFGS as BoundedBFGS
 from ._results import RESULTS as RESULTS
 from ._solution import Solution as Solution

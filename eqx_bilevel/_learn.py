@@ -1,9 +1,9 @@
 """The outer problem: learning hyperparameters."""
 
 import dataclasses
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
 
 import equinox as eqx
 import jax
@@ -11,38 +11,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optimistix as optx
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._adjoint import FixedPointAdjoint, FrozenAdjoint
+from ._checkpoint import Checkpoint, fingerprint
 from ._condition import Condition, GaussianProcess, is_concrete
 from ._gauss_newton import GaussNewton
 from ._krylov import FixedPointGMRES
 from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
-from ._outer import (
-    cold_start,
-    evaluate,
-    merit,
-    optax_step,
-    optimistix_init,
-    optimistix_step,
-    Outcome,
-    partition,
-    Start,
-    Task,
-)
+from ._outer import cold_start, evaluate, partition, Start, Task
+from ._progress import Callback, Record
 from ._quasi_newton import BoundedBFGS
 from ._results import RESULTS
+from ._runs import (
+    better_start,
+    FEW_INNER_STEPS,
+    first_stage,
+    Limits,
+    minimise,
+    Optimiser,
+    Stage,
+    warm,
+    with_inner_steps,
+)
 from ._scale import rescaled, search_scale, Tried
 from ._solution import Solution
 from ._solve import check_num_steps, checked, functions_as_pytrees, solve
-
-
-_Optimiser = (
-    optax.GradientTransformation
-    | optx.AbstractLeastSquaresSolver
-    | optx.AbstractMinimiser
-)
 
 
 class Learned(eqx.Module):
@@ -86,7 +80,7 @@ def learn(
     prior: GaussianProcess | Mapping[str, GaussianProcess],
     conditions: Sequence[Condition],
     objective: AbstractObjective,
-    optimiser: _Optimiser | None = None,
+    optimiser: Optimiser | None = None,
     *,
     gradient: str = "implicit",
     steps: int = 1000,
@@ -97,7 +91,9 @@ def learn(
     patience: int | None = None,
     pool: bool = False,
     key: PRNGKeyArray | None = None,
-    verbose: bool | Callable[[dict[str, Any]], None] = False,
+    verbose: bool | str = False,
+    callback: Callback | Sequence[Callback] = (),
+    checkpoint: str | os.PathLike | None = None,
     throw: bool = True,
 ) -> Learned:
     """Learns hyperparameters: minimises an objective of the solution of the inner
@@ -146,9 +142,15 @@ def learn(
     - `pool`: Whether the validation points join the conditions for the solution that is
         returned. It is solved for once more, with the same hyperparameters.
     - `key`: A JAX random key, for objectives with batches.
-    - `verbose`: Whether to print one line for each step; or a function that is called
-        with a dictionary, whose entries are those of `history`, and `step`. That is
-        zero during the scale search, which has `lengths` in addition.
+    - `verbose`: Whether to print one line for each step. With `"bar"`, show a progress
+        bar instead (which needs tqdm).
+    - `callback`: A function, or several, called after each step with an
+        [`eqx_bilevel.Progress`][]. If one returns true then learning stops there, with
+        what is best up to then.
+    - `checkpoint`: The path of a file that is written as learning goes on, and at its
+        end. If it exists then learning goes on from there, with the same numbers to the
+        last bit as if it had never stopped, and possibly more `steps`; `prior` and
+        all else must be as they were.
     - `throw`: Whether to raise an error if nothing could be learned.
 
     **Returns:**
@@ -167,6 +169,8 @@ def learn(
             "`learn` is a loop in Python around compiled steps: it cannot be called "
             "inside `jax.jit`, `jax.grad` or `jax.vmap`. `solve` can."
         )
+    if verbose not in (True, False, "bar"):
+        raise ValueError(f"`verbose` must be a boolean or 'bar', got {verbose!r}.")
     check_num_steps(max_inner_steps, "max_inner_steps")
     prior, conditions = checked(prior, conditions)
     if not isinstance(objective, AbstractObjective):
@@ -184,22 +188,33 @@ def learn(
     scaled = rescaled(prior, one) if scale_search else prior
     learned_at_all, _ = partition(scaled, conditions, task)
     optimiser = _optimiser(optimiser, learned_at_all, objective, bool(scale_search))
-    record = _Record(verbose, objective)
-    start = cold_start(prior, conditions)
-    tried: list[Tried] = []
-    if scale_search:
-        num = 8 if scale_search is True else scale_search
-        record.note("Compiling the scale search.")
-        prior, tried = _search(prior, conditions, task, start, num, record)
-    theta, task = partition(prior, conditions, task)
     if patience is None:
         stochastic = isinstance(optimiser, optax.GradientTransformation)
-        patience = 200 if stochastic else 3 if _size(theta) <= _FEW else 10
-    record.note("Compiling the step.")
-    converged = _minimise(
-        optimiser, theta, task, start, steps, key, record, rtol, patience, bool(tried)
-    )
-    learned = _finish(theta, task, start, record, converged, tried)
+        patience = 200 if stochastic else 3 if _size(learned_at_all) <= _FEW else 10
+    callbacks = tuple(callback) if isinstance(callback, Sequence) else (callback,)
+    file = None
+    if checkpoint is not None:
+        names = type(optimiser).__name__, gradient
+        arguments = prior, conditions, objective, optimiser, key, names
+        file = Checkpoint(pathlib.Path(checkpoint), fingerprint(arguments))
+        file.check()
+    record = Record(objective, steps, verbose, callbacks)
+    try:
+        learned = _learn(
+            prior,
+            conditions,
+            task,
+            optimiser,
+            8 if scale_search is True else int(scale_search),
+            jax.random.key(0) if key is None else key,
+            Limits(steps, rtol, patience),
+            record,
+            file,
+        )
+    finally:
+        record.close()
+        if file is not None:
+            file.flush()
     if pool:
         learned = _pool(learned, objective, solver)
     failed = learned.solution.result != RESULTS.successful
@@ -230,7 +245,7 @@ def _size(theta: PyTree) -> int:
     return sum(x.size for x in jax.tree.leaves(theta))
 
 
-def _optimiser(optimiser, theta, objective, searched: bool) -> _Optimiser:
+def _optimiser(optimiser, theta, objective, searched: bool) -> Optimiser:
     size = _size(theta)
     if size == 0:
         raise ValueError(
@@ -258,7 +273,7 @@ def _optimiser(optimiser, theta, objective, searched: bool) -> _Optimiser:
             "`optimiser` must evaluate the objective at one point in each step, which "
             "`optimistix.NelderMead` does not."
         )
-    if not isinstance(optimiser, _Optimiser):
+    if not isinstance(optimiser, Optimiser):
         raise ValueError(
             "`optimiser` must be an Optax optimiser, or an Optimistix least-squares "
             f"solver or minimiser, got a {type(optimiser).__name__}."
@@ -266,265 +281,76 @@ def _optimiser(optimiser, theta, objective, searched: bool) -> _Optimiser:
     return optimiser
 
 
-def _with_inner_steps(task: Task, num: ArrayLike) -> Task:
-    return dataclasses.replace(task, max_inner_steps=jnp.asarray(num))
-
-
-# Enough for the scale search, where a solve that needs more is at a bad scale, and most
-# often for the last solve, which starts where another ended.
-_FEW_INNER_STEPS = 10
-_MANY_INNER_STEPS = 100
-
-
-#
-# The loop
-#
-
-
-# After as many steps in a row that were not accepted, a further one will not help.
-_MOST_REJECTED = 10
-
-
-class _Record:
-    # What happened, and the best hyperparameters so far.
-
-    def __init__(self, verbose, objective: AbstractObjective):
-        self.verbose = verbose
-        self.objective = objective
-        self.start = time.perf_counter()
-        self.rows: list[dict[str, Any]] = []
-        self.best = self.searched = np.inf
-        self.outcome: Outcome | None = None
-
-    def note(self, text: str) -> None:
-        if self.verbose is True:
-            print(text, flush=True)
-
-    def add_search(self, lengths: tuple[float, ...], outcome: Outcome) -> None:
-        row = self._row(outcome, np.nan, False)
-        self.searched = np.fmin(self.searched, row["objective"])
-        row["best"] = self.searched
-        shown = ", ".join(f"{length:.3e}" for length in lengths)
-        self._report(
-            f"scale search  lengths {shown}   "
-            "objective {objective:.6e}   {seconds:.1f} s",
-            dict(step=0, lengths=lengths, **row),
+def _learn(
+    prior, conditions, task: Task, optimiser, num_scales, key, limits, record, file
+) -> Learned:
+    start = cold_start(prior, conditions)
+    if file is not None and file.exists():
+        record.note("Resuming.")
+        task, stage, tried = _resume(
+            prior, conditions, task, optimiser, start, bool(num_scales), record, file
         )
+    else:
+        tried: list[Tried] = []
+        if num_scales:
+            record.note("Compiling the scale search.")
+            prior, tried = _search(prior, conditions, task, start, num_scales, record)
+        theta, task = partition(prior, conditions, task)
+        record.note("Compiling the step.")
+        if isinstance(optimiser, BoundedBFGS) and not tried:
+            theta = better_start(optimiser, theta, task, start)
+        stage = first_stage(optimiser, theta, task, start)
 
-    def add(self, outcome: Outcome | None, batch: float, accepted: bool) -> None:
-        row = self._row(outcome, batch, accepted)
-        if accepted and row["objective"] < self.best:
-            self.best, self.outcome = row["objective"], outcome
-        row["best"] = self.best
-        self.rows.append(row)
-        self._report(
-            "step {step:5d}   objective {objective:.6e}   best {best:.6e}   "
-            "inner steps {inner_steps:3d}   {seconds:.1f} s"
-            + ("" if accepted else "   not accepted"),
-            dict(step=len(self.rows), **row),
-        )
+    def keep(stage: Stage) -> None:
+        if file is not None and record.outcome is not None:
+            header = dict(rows=list(record.rows), tried=tried)
+            file.offer(header, (task.rest, stage, record.outcome))
 
-    def _row(self, outcome: Outcome | None, batch: float, accepted: bool) -> dict:
-        return dict(
-            seconds=time.perf_counter() - self.start,
-            objective=np.nan if outcome is None else float(outcome.objective),
-            best=np.nan,  # Not known yet.
-            batch=batch,
-            accepted=accepted,
-            inner_steps=0 if outcome is None else int(outcome.inner_steps),
-            jitter=np.nan if outcome is None else float(outcome.jitter),
-        )
-
-    def _report(self, line: str, report: dict[str, Any]) -> None:
-        if callable(self.verbose):
-            self.verbose(report)
-        elif self.verbose:
-            print(line.format(**report), flush=True)
-
-    def stalled(self, rtol: float, patience: int, since: int) -> bool:
-        # Steps that were not accepted are shortened, and say little.
-        rows = self.rows[since:]
-        if self.gave_up(since):
-            return True
-        best = [row["best"] for row in rows if row["accepted"]]
-        if len(best) <= patience:
-            return False
-        return not self.decreased(best[-1 - patience], best[-1], rtol)
-
-    def gave_up(self, since: int) -> bool:
-        rejected = [row["accepted"] for row in self.rows[since:][-_MOST_REJECTED:]]
-        return len(rejected) == _MOST_REJECTED and not any(rejected)
-
-    def decreased(self, before: float, after: float, rtol: float) -> bool:
-        if np.isinf(before):
-            return after < before
-        change = merit(self.objective, np.array([before, after]))
-        return bool(change[0] - change[1] > rtol)
-
-    def history(self) -> dict[str, np.ndarray]:
-        names = self.rows[0] if self.rows else ()
-        return {name: np.array([row[name] for row in self.rows]) for name in names}
+    first_theta = stage.run.theta
+    converged = minimise(optimiser, stage, task, key, record, limits, keep)
+    return _finish(first_theta, task, start, record, converged, tried)
 
 
-def _minimise(
-    optimiser, theta, task, start, steps, key, record: _Record, rtol, patience, searched
-) -> bool:
-    # In stages, each with its own automatic nugget: if that changed from step to step,
-    # its jumps would make local minima. Returns whether the last stage converged.
-    few = _with_inner_steps(task, _FEW_INNER_STEPS)
-    patient = False
-    if isinstance(optimiser, BoundedBFGS) and not searched:
-        theta = _better_start(optimiser, theta, task, few, start)
-    while True:
-        before, since = record.best, len(record.rows)
-        left = steps - since
-        if isinstance(optimiser, optax.GradientTransformation):
-            key = jax.random.key(0) if key is None else key
-            stage = jax.random.fold_in(key, since)
-            run = _run_optax(optimiser, theta, task, start, left, stage)
-        else:
-            run = _run_optimistix(optimiser, theta, task, start, left)
-        converged = _follow(run, record, rtol, patience, since)
-        best, more = record.outcome, len(record.rows) < steps
-        improved = record.decreased(before, record.best, rtol)
-        if best is None or not more:
-            return converged
-        unsolved = not patient and _ran_out(best)
-        if unsolved:
-            patient, task = True, _with_inner_steps(task, 5 * task.max_inner_steps)
-        # If it gave up, what it had learned of the curvature was wrong.
-        if unsolved or (improved and record.gave_up(since)):
-            theta, start = best.theta, _warm(best, best.jitter)
-            continue
-        if not (converged and improved):
-            return converged
-        _, outcome = evaluate(best.theta, few, _warm(best, jnp.zeros_like(best.jitter)))
-        if outcome.jitter >= best.jitter:
-            return converged
-        theta, start = best.theta, _warm(outcome, outcome.jitter)
-        if isinstance(optimiser, BoundedBFGS):  # It is close by now.
-            optimiser = optimiser.with_max_length(0.1)
+def _search(prior, conditions, task: Task, start: Start, num: int, record: Record):
+    few = with_inner_steps(task, FEW_INNER_STEPS)
 
-
-def _ran_out(outcome: Outcome) -> bool:
-    # A gradient where the inner solve has not converged may point anywhere, and then no
-    # step is accepted.
-    return bool(outcome.result == RESULTS.nonlinear_max_steps_reached)
-
-
-# So many steps of a factor of two are three orders of magnitude.
-_MOST_AHEAD = 10
-
-
-def _better_start(optimiser, theta, task: Task, few: Task, start: Start) -> PyTree:
-    # Far from a minimum the gradient may point the wrong way, since the objective is a
-    # plateau there: for instance if lengthscales are shorter than what is between
-    # points, or if rounding decides. Look at both sides of the first step, and go on
-    # for as long as it gets better.
-    vector, unravel = ravel_pytree(theta)
-    state = optimistix_init(optimiser, theta, task, start)
-    args = state, vector, theta, task, *evaluate(theta, task, start)
-    step = _attempt(optimistix_step, optimiser, *args)
-    if step is None:
-        return theta
-
-    def value(v):
-        objective = float(evaluate(unravel(v), few, start)[1].objective)
-        return objective if np.isfinite(objective) else np.inf
-
-    move = step.state.y_eval - vector
-    here, there, back = value(vector), value(vector + move), value(vector - move)
-    ahead, move = (there, move) if there <= back else (back, -move)
-    for _ in range(_MOST_AHEAD):
-        if not ahead < here:
-            break
-        vector, here, ahead = vector + move, ahead, value(vector + 2 * move)
-    return unravel(vector)
-
-
-def _follow(run, record: _Record, rtol: float, patience: int, since: int) -> bool:
-    for outcome, batch, accepted, done in run:
-        record.add(outcome, batch, accepted)
-        if done or record.stalled(rtol, patience, since):
-            return True
-    return False
-
-
-def _warm(outcome: Outcome, jitter) -> Start:
-    return Start(outcome.next_z, jnp.array(False), jitter)
-
-
-def _attempt(step: Callable, *args: Any) -> Any:
-    # Derivatives raise where a linear solve in them meets nan, which cannot be switched
-    # off. That must not end the loop.
-    try:
-        return step(*args)
-    except eqx.EquinoxRuntimeError:
-        return None
-
-
-def _run_optax(optimiser, theta, task, start, steps, key):
-    opt_state = optimiser.init(theta)
-    last, length = None, 1.0
-    for i in range(steps):
-        key_i = jax.random.fold_in(key, i)
-        found, outcome = evaluate(theta, task, start)
-        step = _attempt(optax_step, optimiser, opt_state, theta, task, found, key_i)
-        batch = np.nan if step is None else float(step.value)
-        yield outcome, batch, step is not None and bool(step.ok), False
-        if step is not None and bool(step.ok):
-            start = _warm(outcome, outcome.jitter)
-            opt_state = step.opt_state
-            last, length = (theta, step.updates), min(1.0, 2 * length)
-        else:
-            # Shorten the step that led here, if there is one.
-            length = length / 4
-            if last is None or length < 1e-6:
-                return
-        base, updates = last
-        theta = eqx.apply_updates(base, jax.tree.map(lambda u: length * u, updates))
-
-
-def _run_optimistix(optimiser, theta, task, start, steps):
-    vector, _ = ravel_pytree(theta)
-    state, done = optimistix_init(optimiser, theta, task, start), False
-    last = np.nan
-    for _ in range(steps):
-        args = state, vector, theta, task, *evaluate(theta, task, start)
-        step = _attempt(optimistix_step, optimiser, *args)
-        if step is None:
-            return
-        objective = float(step.outcome.objective)
-        # If the step was rejected then this is what it was before.
-        ok = bool(np.isfinite(objective)) and objective != last
-        # After the last step, one more tells how good its result is.
-        yield step.outcome, objective, ok, done
-        vector, state, done = step.vector, step.state, bool(step.done)
-        theta = step.next_theta
-        if ok:
-            start, last = _warm(step.outcome, step.outcome.jitter), objective
-
-
-def _search(prior, conditions, task: Task, start: Start, num: int, record: _Record):
     def value(lengths, candidate):
-        few = _with_inner_steps(task, _FEW_INNER_STEPS)
         theta, scaled = partition(candidate, conditions, few)
-        _, outcome = evaluate(theta, scaled, start)
-        record.add_search(lengths, outcome)
+        solution, outcome = evaluate(theta, scaled, start)
+        record.add_search(lengths, outcome, candidate, conditions, solution)
         objective = float(outcome.objective)
         return objective if np.isfinite(objective) else np.inf
 
     return search_scale(prior, conditions, value, num)
 
 
-def _finish(theta, task, start, record: _Record, converged: bool, tried) -> Learned:
+def _resume(
+    prior, conditions, task, optimiser, start, searched: bool, record, file
+) -> tuple[Task, Stage, list[Tried]]:
+    # What is in the file has the structure that a new run begins with.
+    if searched:
+        prior = rescaled(prior, jnp.ones_like(conditions[0].points[0]))
+    theta, task = partition(prior, conditions, task)
+    stage = first_stage(optimiser, theta, task, start)
+    _, outcome = eqx.filter_eval_shape(evaluate, theta, task, start)
+    header, (rest, stage, outcome) = file.read((task.rest, stage, outcome))
+    record.restore(header["rows"], outcome)
+    tried = [Tried(tuple(lengths), value) for lengths, value in header["tried"]]
+    return dataclasses.replace(task, rest=rest), stage, tried
+
+
+# For the last solve, if few are not enough.
+_MANY_INNER_STEPS = 100
+
+
+def _finish(theta, task, start, record: Record, converged: bool, tried) -> Learned:
     if record.outcome is not None:
         best = record.outcome
-        theta, start = best.theta, _warm(best, best.jitter)
-    few = _with_inner_steps(task, _FEW_INNER_STEPS)
+        theta, start = best.theta, warm(best, best.jitter)
+    few = with_inner_steps(task, FEW_INNER_STEPS)
     solution, outcome = evaluate(theta, few, start)
     if solution.result != RESULTS.successful:
-        many = _with_inner_steps(task, _MANY_INNER_STEPS)
+        many = with_inner_steps(task, _MANY_INNER_STEPS)
         solution, outcome = evaluate(theta, many, start)
     prior, conditions = eqx.combine(theta, task.rest)
     return Learned(

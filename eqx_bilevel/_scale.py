@@ -104,7 +104,8 @@ def search_scale(
             if best() is before:
                 break
     found = best()
-    return (at(found.lengths) if np.isfinite(found.objective) else prior), tried
+    lengths = found.lengths if np.isfinite(found.objective) else dim * [typical]
+    return at(lengths), tried
 
 
 _MOST_ROUNDS = 3

@@ -125,11 +125,11 @@ def test_history_and_best():
         eb.ValidationResidual(validation),
         steps=6,
         scale_search=False,
-        verbose=rows.append,
+        callback=rows.append,
     )
     history = learned.history
     assert len(rows) == len(history["objective"]) <= 6
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert [row.step for row in rows] == list(range(1, len(rows) + 1))
     np.testing.assert_array_equal(
         history["best"], np.minimum.accumulate(history["objective"])
     )
@@ -434,10 +434,9 @@ def test_progress(capsys):
     rows = []
     objective = eb.ValidationResidual(validation)
     arguments = dict(steps=2, scale_search=2)
-    eb.learn(_prior(), _conditions(), objective, verbose=rows.append, **arguments)
-    assert [row["step"] for row in rows] == [0] * 6 + [1, 2]
-    assert rows[5]["best"] == min(row["objective"] for row in rows[:6])
-    assert rows[0].keys() == rows[-1].keys() | {"lengths"}
+    eb.learn(_prior(), _conditions(), objective, callback=rows.append, **arguments)
+    assert [row.step for row in rows] == [0] * 6 + [1, 2]
+    assert rows[5].best == min(row.objective for row in rows[:6])
     eb.learn(_prior(), _conditions(), objective, verbose=True, **arguments)
     lines = capsys.readouterr().out.splitlines()
     expected = ["Compiling", *["scale"] * 6, "Compiling", *["step"] * 2]

@@ -89,9 +89,9 @@ def baseline(interior, boundary):
 def learn(start, scale_search, conditions, objective):
     label = f"  start {start:g}, {'with' if scale_search else 'without'} scale search"
 
-    def progress(row):
+    def show(progress):
         if sys.stdout.isatty():
-            status = f"step {row['step']}, objective {row['best']:.1e}"
+            status = f"step {progress.step}, objective {progress.best:.1e}"
             print(f"{label}: {status}", end="\r", flush=True)
 
     began = time.perf_counter()
@@ -101,7 +101,7 @@ def learn(start, scale_search, conditions, objective):
         objective,
         scale_search=scale_search,
         steps=25,
-        verbose=progress,
+        callback=show,
         throw=False,  # Some of these starts are meant to be hopeless.
     )
     seconds = time.perf_counter() - began

@@ -1,0 +1,96 @@
+"""A learning run in a file, from which it goes on bit for bit."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+
+def fingerprint(arguments: PyTree) -> str:
+    # Of all numbers and names in some arguments.
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(arguments):
+        if isinstance(leaf, str):
+            digest.update(leaf.encode())
+        elif eqx.is_array_like(leaf):
+            is_key = jax.dtypes.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+            array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+            digest.update(f"{array.shape}{array.dtype}".encode())
+            digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+# Of the time since the last writing, how much writing may take.
+_SHARE = 0.05
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    # A file with a line of JSON and then the leaves of a PyTree.
+
+    path: pathlib.Path
+    fingerprint: str
+    _latest: tuple[dict, PyTree] | None = None
+    _written: float = 0.0
+    _took: float = 0.0
+
+    def offer(self, header: dict[str, Any], tree: PyTree) -> None:
+        # Writes at once, unless too much time would go into writing.
+        self._latest = header, tree
+        if time.perf_counter() - self._written > self._took / _SHARE:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._latest is None:
+            return
+        start = time.perf_counter()
+        header, tree = self._latest
+        # Under another name first: a process that dies here leaves the old file whole.
+        unfinished = self.path.with_name(self.path.name + ".unfinished")
+        with open(unfinished, "wb") as file:
+            line = json.dumps(dict(header, fingerprint=self.fingerprint))
+            file.write(line.encode() + b"\n")
+            eqx.tree_serialise_leaves(file, tree)
+        os.replace(unfinished, self.path)
+        self._latest = None
+        self._written = time.perf_counter()
+        self._took = self._written - start
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def read(self, like: PyTree) -> tuple[dict[str, Any], PyTree]:
+        with open(self.path, "rb") as file:
+            header = self._header(file)
+            return header, eqx.tree_deserialise_leaves(file, like)
+
+    def check(self) -> None:
+        if self.exists():
+            with open(self.path, "rb") as file:
+                self._header(file)
+
+    def _header(self, file) -> dict[str, Any]:
+        try:
+            header = json.loads(file.readline())
+            found = header["fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"`checkpoint` {str(self.path)!r} exists and was not written by "
+                "`eqx_bilevel.learn`."
+            ) from error
+        if found != self.fingerprint:
+            raise ValueError(
+                f"`checkpoint` {str(self.path)!r} belongs to a run with other "
+                "arguments. Give the same prior, conditions, objective, optimiser, "
+                "gradient and key to resume it, or remove the file to start anew."
+            )
+        return header
