@@ -1,0 +1,142 @@
+# %% [markdown]
+# # Saving, resuming, continuing
+#
+# Learning can take minutes or hours. This page watches it, stops it, goes on from where
+# it stopped, and keeps what was learned for another program.
+#
+# The example is the boundary layer of $-\varepsilon u'' + u' = 1$ with $u(0) = u(1) =
+# 0$, and a kernel whose lengthscale is a small network.
+
+# %%
+import json
+import pathlib
+import tempfile
+
+import equinox as eqx
+import eqx_bilevel as eb
+import jax
+import jax.numpy as jnp
+import numpy as np
+from eqx_bilevel import plot
+
+
+jax.config.update("jax_enable_x64", True)
+
+epsilon = 0.05
+domain = eb.Box(0.0, 1.0)
+
+
+def layer(u, x):
+    return -epsilon * u.d(0, 0) + u.d(0)
+
+
+def value(u, x):
+    return u.value
+
+
+def exact(x):
+    return x[0] - jnp.expm1(x[0] / epsilon) / jnp.expm1(1 / epsilon)
+
+
+conditions = [
+    eb.Condition(layer, domain.interior(30, method="grid"), 1.0, name="layer"),
+    eb.Condition(value, domain.boundary(2), name="ends"),
+]
+key1, key2 = jax.random.split(jax.random.key(0))
+objective = eb.ValidationResidual(domain.interior(40, key=key1))
+
+
+def make_prior():
+    network = eb.LengthscaleNetwork(1, "scalar", 8, 1, scale=0.3, key=key2)
+    return eb.GaussianProcess(eb.Gibbs(network))
+
+
+# %% [markdown]
+# ## Watching
+#
+# `verbose=True` prints a line for each step, `verbose="bar"` shows a progress bar. A
+# `callback` gets all there is to know of a step, as an `eqx_bilevel.Progress`. It can
+# write a log, draw a picture, or stop learning: here once the objective has fallen by
+# six orders of magnitude.
+
+# %%
+log = []
+
+
+def watch(progress):
+    row = dict(step=progress.step, objective=progress.objective, best=progress.best)
+    log.append(row)
+    return progress.step > 0 and progress.best < 1e-6 * log[0]["objective"]
+
+
+learned = eb.learn(make_prior(), conditions, objective, steps=60, callback=watch)
+plot.learning(learned)
+f"{len(learned.history['objective'])} steps, objective {learned.objective:.1e}"
+
+# %% [markdown]
+# `learned.history` is a dictionary of arrays, one entry for each step, that
+# `pandas.DataFrame` takes as it is.
+
+# %%
+{name: values[-3:] for name, values in learned.history.items()}
+
+# %% [markdown]
+# ## Resuming
+#
+# With `checkpoint`, all that the next step depends on is in a file, which is written
+# every now and then, and at the end. Here learning ends after ten steps, as if the
+# process had died.
+
+# %%
+folder = pathlib.Path(tempfile.mkdtemp())
+path = folder / "run.eqx"
+settings = dict(checkpoint=path, scale_search=4)
+short = eb.learn(make_prior(), conditions, objective, steps=10, **settings)
+
+# %% [markdown]
+# The same call goes on from there. It ends with the same numbers as a run that was
+# never interrupted, to the last bit.
+
+# %%
+resumed = eb.learn(make_prior(), conditions, objective, steps=20, **settings)
+whole = eb.learn(make_prior(), conditions, objective, steps=20, scale_search=4)
+np.array_equal(resumed.history["objective"], whole.history["objective"])
+
+# %% [markdown]
+# The first line of the file is JSON, for a look from outside:
+
+# %%
+with open(path, "rb") as file:
+    rows = json.loads(file.readline())["rows"]
+len(rows), rows[-1]
+
+# %% [markdown]
+# ## Keeping what was learned
+#
+# Priors, conditions and solutions are PyTrees, and are saved like any other Equinox
+# model. To load one, make one of the same structure. For a solution that is
+# `eqx.filter_eval_shape` of the solve, which computes nothing.
+
+# %%
+eqx.tree_serialise_leaves(folder / "prior.eqx", resumed.prior)
+eqx.tree_serialise_leaves(folder / "solution.eqx", resumed.solution)
+
+prior = eqx.tree_deserialise_leaves(folder / "prior.eqx", make_prior())
+like = eqx.filter_eval_shape(eb.solve, prior, conditions)
+solution = eqx.tree_deserialise_leaves(folder / "solution.eqx", like)
+x = domain.grid(200)
+plot.error(solution, exact, domain)
+bool(jnp.all(solution(x) == resumed.solution(x)))
+
+# %% [markdown]
+# ## Continuing elsewhere
+#
+# A learned prior is where learning at a related problem starts: here with a layer half
+# as wide. This is how sharp fronts are reached.
+
+# %%
+epsilon = 0.025
+narrower = eb.learn(prior, conditions, objective, steps=30, scale_search=False)
+error = lambda solution: float(jnp.max(jnp.abs(solution(x) - jax.vmap(exact)(x))))
+print(f"with the learned prior as it is: {error(eb.solve(prior, conditions)):.1e}")
+print(f"and learned further:             {error(narrower.solution):.1e}")
