@@ -4,5 +4,6 @@ from ._functions import (
     solution as solution,
     std as std,
 )
-from ._progress import learning as learning
+from ._problem import lengthscales as lengthscales, points as points
+from ._progress import convergence as convergence, learning as learning
 from ._style import subplots as subplots

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import ArrayLike
 
 from ._draw import draw, draw_magnitude, label_line
-from ._grid import bounding_box, coordinate_names, make_grid
-from ._style import GREY, legend, mathematical, one_or_all, panels, pyplot
+from ._grid import bounding_box, Grid, make_grid
+from ._style import GREY, legend, mathematical, one_or_all, panels, pyplot, VALUES
 from ._values import check_unknown, choose, pairs, stds_of, Values, values_of
 
 
@@ -71,8 +71,8 @@ def solution(
     axes = panels(len(values), ax, _EACH)
     for ax, (name, value) in zip(axes, values.items()):
         draw(ax, grid, value, mathematical(name))
-        if name in half:
-            _band(ax, grid, value, half[name], bars)
+        if bars is not None:
+            _band(ax, grid, value, half[name], f"{100 * bars:g} %")
             legend(ax)
     return one_or_all(axes)
 
@@ -86,12 +86,11 @@ def _half_widths(found: Any, bars: float | None, points) -> Values:
     return {name: factor * std for name, std in stds_of(found, points).items()}
 
 
-def _band(ax, grid, value, half, bars, label: bool = True) -> None:
-    # Of the line that was drawn last, in its colour.
+def _band(ax, grid: Grid, value, half, label: str | None = None) -> None:
+    # Around the line that was drawn last, in its colour.
     low, high = grid.masked(value - half), grid.masked(value + half)
     style = dict(color=ax.lines[-1].get_color(), alpha=0.25, linewidth=0)
-    text = f"{100 * bars:g} %" if label else None
-    ax.fill_between(grid.ticks[0], low, high, label=text, **style)
+    ax.fill_between(grid.ticks[0], low, high, label=label, **style)
 
 
 def error(
@@ -218,43 +217,53 @@ def slices(
     A `ValueError` for wrong arguments.
     """
     check_unknown(solution, unknown)
-    lower, _ = bounding_box(domain)
     fix = {} if fix is None else fix
-    labels = coordinate_names(names, len(lower))
+    lower, _ = bounding_box(domain)
     if axis not in range(len(lower)) or axis in fix:
         raise ValueError(
             f"`axis` must be one of the {len(lower)} coordinates, from 0, that `fix` "
             f"does not hold, got {axis}."
         )
-    places = [float(value) for value in np.atleast_1d(np.asarray(at))]
-    if len(places) == 0:
+    held = [{**fix, axis: place} for place in np.ravel(np.asarray(at))]
+    if len(held) == 0:
         raise ValueError("`at` must be one value or more, one for each line.")
-    held = [{**fix, axis: place} for place in places]
     grids = [make_grid(domain, f, names, resolution, most_axes=1) for f in held]
-    colours = pyplot().get_cmap("viridis")(np.linspace(0.38, 0.78, len(places)))
-    axes = None
-    for place, grid, colour in zip(places, grids, colours):
-        half = _half_widths(solution, bars, grid.points)
-        values = choose(values_of(solution, grid.points, "solution"), unknown)
-        truth = {}
-        if exact is not None:
-            found = pairs(values, values_of(exact, grid.points, "exact"), unknown)
-            truth = {name: value for name, _, value in found}
-        axes = panels(len(values), ax, _EACH) if axes is None else axes
-        for panel, (name, value) in zip(axes, values.items()):
-            label = f"{mathematical(labels[axis])} = {place:g}"
-            panel.plot(grid.ticks[0], grid.masked(value), color=colour, label=label)
-            if name in half:
-                _band(panel, grid, value, half[name], bars, label=False)
-            if name in truth:
-                _dashed(panel, grid, truth[name], last=place == places[-1])
-            label_line(panel, grid, mathematical(name))
-    for panel in axes:
+    lines = [_line(solution, exact, grid, unknown, bars) for grid in grids]
+    found = list(lines[0].values)
+    axes = panels(len(found), ax, _EACH)
+    variable = mathematical(grids[0].names[axis])
+    labels = [f"{variable} = {f[axis]:g}" for f in held]
+    for panel, name in zip(axes, found):
+        _draw_slices(panel, name, grids, lines, labels)
         legend(panel)
     return one_or_all(axes)
 
 
-def _dashed(ax, grid, value, last: bool) -> None:
-    style = dict(color=GREY, linestyle=(0, (4, 3)), linewidth=1.2)
-    label = "exact" if last else None
-    ax.plot(grid.ticks[0], grid.masked(value), label=label, **style)
+class _Line(NamedTuple):
+    values: Values
+    half: Values
+    exact: Values
+
+
+def _line(solution, exact, grid: Grid, unknown, bars) -> _Line:
+    values = choose(values_of(solution, grid.points, "solution"), unknown)
+    half = _half_widths(solution, bars, grid.points)
+    if exact is None:
+        return _Line(values, half, {})
+    found = pairs(values, values_of(exact, grid.points, "exact"), unknown)
+    return _Line(values, half, {name: truth for name, _, truth in found})
+
+
+def _draw_slices(ax, name: str, grids, lines, labels) -> None:
+    colours = pyplot().get_cmap(VALUES)(np.linspace(0.38, 0.78, len(lines)))
+    dashed = dict(color=GREY, linestyle=(0, (4, 3)), linewidth=1.2)
+    for grid, line, label, colour in zip(grids, lines, labels, colours):
+        value = line.values[name]
+        ax.plot(grid.ticks[0], grid.masked(value), color=colour, label=label)
+        if name in line.half:
+            _band(ax, grid, value, line.half[name])
+    for grid, line in zip(grids, lines):
+        if name in line.exact:
+            text = "exact" if line is lines[-1] else None
+            ax.plot(grid.ticks[0], grid.masked(line.exact[name]), label=text, **dashed)
+    label_line(ax, grids[0], mathematical(name))

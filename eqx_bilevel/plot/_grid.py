@@ -98,7 +98,9 @@ def make_grid(
     fixed = _checked_fix(fix, dim)
     axes = tuple(i for i in range(dim) if i not in fixed)
     _check_free(axes, most_axes, lower, upper)
-    num = _checked_resolution(resolution, defaults[len(axes) - 1])
+    # A rim that is not straight needs more.
+    default = defaults[len(axes) - 1] * (1 if isinstance(domain, Box) else 2)
+    num = _checked_resolution(resolution, default)
     ticks = tuple(np.linspace(lower[i], upper[i], num) for i in axes)
     lattice = np.meshgrid(*ticks, indexing="ij")
     columns = [

@@ -1,13 +1,19 @@
 """Plots of how learning went."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from .._gauss_newton import GaussNewton
 from .._learn import Learned
+from .._solution import Solution
+from .._solve import solve
 from ._grid import coordinate_names
 from ._style import COLOURS, GREY, legend, mathematical, one_or_all, panels
+from ._values import solution_of
 
 
 def learning(
@@ -99,8 +105,102 @@ def _draw_search(ax: Any, learned: Learned, names: Sequence[str] | None) -> None
         ax.plot(lengths[best], height, linestyle="none", label="best", **ring)
     ax.set_xscale("log")
     _logarithmic(ax, objective)
-    ax.set(xlabel="lengthscale", ylabel="objective", title="scale search")
+    ax.set(xlabel="lengthscale in the scale search", ylabel="objective")
     legend(ax)
+
+
+def convergence(
+    solution: Any,
+    solver: GaussNewton = GaussNewton(),
+    *,
+    initial: Callable | Mapping[str, Callable] | Solution | None = None,
+    ax: Any = None,
+) -> Any:
+    """Draws how the inner solver converges: by how much a full step would change the
+    unknown at each step, relatively. Steps that were shortened are hollow, and crosses
+    are those that were tried again with a larger nugget.
+
+    A solution does not have its history. So the inner problem is solved again, with the
+    hyperparameters of the solution, by this solver and from this start, which should be
+    those that it was found with.
+
+    **Arguments:**
+
+    - `solution`: An [`eqx_bilevel.Solution`][], or what [`eqx_bilevel.learn`][]
+        returned.
+    - `solver`: The inner solver, as for [`eqx_bilevel.solve`][].
+
+    The remaining arguments are keyword-only.
+
+    - `initial`: As for [`eqx_bilevel.solve`][].
+    - `ax`: The Matplotlib `Axes` to draw into. Default: a new figure.
+
+    **Returns:**
+
+    The `Axes`.
+
+    **Raises:**
+
+    A `ValueError` for wrong arguments.
+    """
+    solution = solution_of(solution)
+    if not isinstance(solution, Solution):
+        raise ValueError(
+            "`solution` must be an `eqx_bilevel.Solution`, got a "
+            f"{type(solution).__name__}."
+        )
+    (ax,) = panels(1, ax, "for all steps")
+    _draw_changes(ax, *_history(solution, solver, initial))
+    ax.set(xlabel="step", ylabel="relative change of a full step")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    return ax
+
+
+def _draw_changes(ax: Any, change, step_size, jitter) -> None:
+    # Where the nugget was raised, the step was not taken, and the change is the last.
+    raised = np.append(False, np.diff(jitter) > 0)
+    full = np.invert(raised) & (step_size == 1)
+    shortened = np.invert(raised | full)
+    step = np.arange(1, len(change) + 1)
+    ax.plot(step[~raised], change[~raised], color=COLOURS[0])
+    dot = dict(color=COLOURS[0], marker="o")
+    cross = dict(color=COLOURS[1], marker="x")
+    kinds = (
+        (full, "full step", dot),
+        (shortened, "shortened", dict(dot, markerfacecolor="none")),
+        (raised, "nugget raised", cross),
+    )
+    for which, label, style in kinds:
+        if np.any(which):
+            style = dict(style, linestyle="none", label=label)
+            ax.plot(step[which], change[which], **style)
+    legend(ax)
+    if np.any(change > 0):
+        ax.set_yscale("log")
+
+
+# What the solver reports. Were the function that fills it a new one each time then
+# everything would be compiled again.
+_reports: list[tuple[float, ...]] = []
+
+
+def _report(change, step_size, jitter) -> None:
+    append = lambda *numbers: _reports.append(tuple(map(float, numbers)))
+    jax.debug.callback(append, change[1], step_size[1], jitter[1], ordered=True)
+
+
+def _history(
+    solution: Solution, solver: GaussNewton, initial
+) -> tuple[np.ndarray, ...]:
+    solver = dataclasses.replace(solver, verbose=_report)
+    num = int(solution.stats["max_steps"])
+    problem = solution.prior, solution.conditions
+    _reports.clear()
+    found = solve(*problem, solver, initial=initial, max_steps=num, throw=False)
+    jax.block_until_ready(found.weights)
+    jax.effects_barrier()
+    change, step_size, jitter = np.array(_reports).T
+    return _finite(change), step_size, jitter
 
 
 def _finite(numbers: Any) -> np.ndarray:

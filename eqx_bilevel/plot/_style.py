@@ -89,7 +89,7 @@ def _colour_ticks(ax: Any) -> None:
 _MOST_COLUMNS = 3
 
 
-def panels(num: int, ax: Any, what: str) -> list[Any]:
+def panels(num: int, ax: Any, what: str, **kwargs: Any) -> list[Any]:
     # `what` says in an error what there should be axes for.
     if ax is not None:
         axes = list(np.ravel(np.asarray(ax, dtype=object)))
@@ -98,7 +98,7 @@ def panels(num: int, ax: Any, what: str) -> list[Any]:
         return axes
     columns = min(num, _MOST_COLUMNS)
     rows = -(-num // columns)
-    _, grid = subplots(rows, columns, squeeze=False)
+    _, grid = subplots(rows, columns, squeeze=False, **kwargs)
     axes = list(grid.ravel())
     for empty in axes[num:]:
         empty.remove()
