@@ -29,6 +29,13 @@ def fingerprint(arguments: PyTree) -> str:
     return digest.hexdigest()
 
 
+def _as_weak_as(like: Any, leaf: Any) -> Any:
+    # Files do not say whether a type is weak, on which it depends what is compiled.
+    if eqx.is_array(leaf) and leaf.ndim == 0 and jax.typeof(like).weak_type:
+        return jnp.asarray(leaf.item())
+    return leaf
+
+
 # Of the time since the last writing, how much writing may take.
 _SHARE = 0.05
 
@@ -71,7 +78,8 @@ class Checkpoint:
     def read(self, like: PyTree) -> tuple[dict[str, Any], PyTree]:
         with open(self.path, "rb") as file:
             header = self._header(file)
-            return header, eqx.tree_deserialise_leaves(file, like)
+            tree = eqx.tree_deserialise_leaves(file, like)
+        return header, jax.tree.map(_as_weak_as, like, tree)
 
     def check(self) -> None:
         if self.exists():

@@ -104,6 +104,20 @@ def test_goes_on_bit_for_bit(tmp_path, optimiser, options):
         assert 0 not in seen[1:] and (not path.exists() or len(seen) <= steps)
 
 
+def test_resuming_compiles_nothing_anew(tmp_path):
+    traced = []
+
+    def counted(solution):
+        traced.append(None)
+        return jnp.sum((solution(grid) - jax.vmap(_exact)(grid)) ** 2)
+
+    settings = dict(objective=eb.Objective(counted), checkpoint=tmp_path / "run.eqx")
+    _learn(None, steps=2, **settings)
+    once = len(traced)
+    _learn(None, steps=4, **settings)
+    assert once == len(traced) > 0
+
+
 def test_more_steps(tmp_path):
     path = tmp_path / "run.eqx"
     whole = _learn(optax.adam(0.1))

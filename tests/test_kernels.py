@@ -854,9 +854,22 @@ def test_network(getkey):
     truth = 0.25 * np.log1p(np.exp(last.weight @ hidden + last.bias))
     np.testing.assert_allclose(network(jnp.asarray(x)), truth, rtol=1e-13)
     assert LengthscaleNetwork(3, key=key)(jnp.ones(3)).shape == ()
-    # Nothing but the weights is learned.
+    # The weights are learned, and the scale of each output.
     size = sum(a.size for a in jax.tree.leaves(eqx.filter(network, eqx.is_array)))
-    assert size == 7 * 2 + 7 + 2 * 7 + 2
+    assert size == 7 * 2 + 7 + 2 * 7 + 2 + 2
+    # A search for scales changes no structure, so that files can be read again.
+    for out_size, scale in ((2, 0.25), ("scalar", 0.25), (2, Frozen(0.25))):
+        network = LengthscaleNetwork(2, out_size, 7, 1, scale, key=key)
+        kernel = rescale(Gibbs(network), jnp.array([2.0, 8.0]))
+        assert jax.tree.structure(kernel) == jax.tree.structure(Gibbs(network))
+        shapes = lambda tree: [
+            jnp.shape(a) for a in jax.tree.leaves(eqx.filter(tree, eqx.is_array))
+        ]
+        assert shapes(kernel) == shapes(Gibbs(network))
+        factor = 1.0 if isinstance(scale, Frozen) else 4.0
+        factor = np.array([2.0, 8.0]) if out_size == 2 and factor == 4.0 else factor
+        expected = factor * network(jnp.asarray(x))
+        np.testing.assert_allclose(kernel.lengthscale(jnp.asarray(x)), expected)
 
 
 @pytest.mark.parametrize("bias", [-1e4, 0.0, 1e4])

@@ -22,7 +22,7 @@ from eqx_bilevel import plot
 
 jax.config.update("jax_enable_x64", True)
 
-epsilon = 0.05
+epsilon = jnp.array(0.02)  # An array: a new value compiles nothing anew.
 domain = eb.Box(0.0, 1.0)
 
 
@@ -39,11 +39,11 @@ def exact(x):
 
 
 conditions = [
-    eb.Condition(layer, domain.interior(30, method="grid"), 1.0, name="layer"),
+    eb.Condition(layer, domain.interior(50, method="grid"), 1.0, name="layer"),
     eb.Condition(value, domain.boundary(2), name="ends"),
 ]
 key1, key2 = jax.random.split(jax.random.key(0))
-objective = eb.ValidationResidual(domain.interior(40, key=key1))
+objective = eb.ValidationResidual(domain.interior(60, key=key1))
 
 
 def make_prior():
@@ -57,7 +57,7 @@ def make_prior():
 # `verbose=True` prints a line for each step, `verbose="bar"` shows a progress bar. A
 # `callback` gets all there is to know of a step, as an `eqx_bilevel.Progress`. It can
 # write a log, draw a picture, or stop learning: here once the objective has fallen by
-# six orders of magnitude.
+# four orders of magnitude.
 
 # %%
 log = []
@@ -66,10 +66,11 @@ log = []
 def watch(progress):
     row = dict(step=progress.step, objective=progress.objective, best=progress.best)
     log.append(row)
-    return progress.step > 0 and progress.best < 1e-6 * log[0]["objective"]
+    return progress.step > 0 and progress.best < 1e-4 * log[0]["objective"]
 
 
-learned = eb.learn(make_prior(), conditions, objective, steps=60, callback=watch)
+settings = dict(scale_search=False, steps=60)
+learned = eb.learn(make_prior(), conditions, objective, callback=watch, **settings)
 plot.learning(learned)
 f"{len(learned.history['objective'])} steps, objective {learned.objective:.1e}"
 
@@ -90,16 +91,15 @@ f"{len(learned.history['objective'])} steps, objective {learned.objective:.1e}"
 # %%
 folder = pathlib.Path(tempfile.mkdtemp())
 path = folder / "run.eqx"
-settings = dict(checkpoint=path, scale_search=4)
-short = eb.learn(make_prior(), conditions, objective, steps=10, **settings)
+short = eb.learn(make_prior(), conditions, objective, steps=10, checkpoint=path)
 
 # %% [markdown]
 # The same call goes on from there. It ends with the same numbers as a run that was
 # never interrupted, to the last bit.
 
 # %%
-resumed = eb.learn(make_prior(), conditions, objective, steps=20, **settings)
-whole = eb.learn(make_prior(), conditions, objective, steps=20, scale_search=4)
+resumed = eb.learn(make_prior(), conditions, objective, steps=20, checkpoint=path)
+whole = eb.learn(make_prior(), conditions, objective, steps=20)
 np.array_equal(resumed.history["objective"], whole.history["objective"])
 
 # %% [markdown]
@@ -131,11 +131,11 @@ bool(jnp.all(solution(x) == resumed.solution(x)))
 # %% [markdown]
 # ## Continuing elsewhere
 #
-# A learned prior is where learning at a related problem starts: here with a layer half
-# as wide. This is how sharp fronts are reached.
+# A learned prior is where learning at a related problem starts: here with a layer
+# that is a quarter narrower. This is how sharp fronts are reached.
 
 # %%
-epsilon = 0.025
+epsilon = jnp.array(0.015)
 narrower = eb.learn(prior, conditions, objective, steps=30, scale_search=False)
 error = lambda solution: float(jnp.max(jnp.abs(solution(x) - jax.vmap(exact)(x))))
 print(f"with the learned prior as it is: {error(eb.solve(prior, conditions)):.1e}")

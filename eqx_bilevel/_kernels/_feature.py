@@ -15,6 +15,7 @@ from ._base import (
     smoothness,
 )
 from ._fields import common_factor, multiply_parameter, positive_field, replace
+from ._network import LengthscaleNetwork
 
 
 def _lengthscale_function(lengthscale: Any) -> Any:
@@ -149,7 +150,9 @@ def _(kernel: Gibbs, factor: ArrayLike) -> Gibbs:
     fn = kernel.lengthscale
     if isinstance(fn, AbstractParameter):
         return kernel  # Frozen.
-    if isinstance(fn, _Rescaled):
+    if isinstance(fn, LengthscaleNetwork):
+        new = replace(fn, "scale", multiply_parameter(fn.scale, factor))
+    elif isinstance(fn, _Rescaled):
         new = replace(fn, "factor", multiply_parameter(fn.factor, factor))
     else:
         factor = jnp.asarray(factor)

@@ -5,6 +5,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._parameters import AbstractParameter, value_of
+from ._fields import ParameterLike, positive_field
+
 
 class LengthscaleNetwork(eqx.Module):
     r"""A neural network for the lengthscale of [`eqx_bilevel.Gibbs`][]: a multilayer
@@ -13,7 +16,7 @@ class LengthscaleNetwork(eqx.Module):
     """
 
     mlp: eqx.nn.MLP
-    scale: float = eqx.field(static=True)
+    scale: AbstractParameter = eqx.field(converter=positive_field("scale", 1))
 
     def __init__(
         self,
@@ -21,7 +24,7 @@ class LengthscaleNetwork(eqx.Module):
         out_size: int | Literal["scalar"] = "scalar",
         width_size: int = 50,
         depth: int = 2,
-        scale: float | int = 1.0,
+        scale: ParameterLike = 1.0,
         *,
         key: PRNGKeyArray,
     ):
@@ -32,8 +35,9 @@ class LengthscaleNetwork(eqx.Module):
             $d$ for one lengthscale per dimension.
         - `width_size`: the number of units of each hidden layer.
         - `depth`: the number of hidden layers.
-        - `scale`: a positive Python number that multiplies the output. It is not
-            learned. A new network returns about 0.7 times it.
+        - `scale`: a positive number that multiplies the output, or one for each
+            dimension. It is learned, unless it is in [`eqx_bilevel.Frozen`][]. A new
+            network returns about 0.7 times it.
         - `key`: a `jax.random.key` for the initial weights. Keyword only argument.
         """
         if out_size != "scalar" and out_size != in_size:
@@ -41,9 +45,10 @@ class LengthscaleNetwork(eqx.Module):
                 "`out_size` must be 'scalar' or equal to `in_size`, one lengthscale "
                 f"per dimension; got out_size={out_size!r} and in_size={in_size}."
             )
-        if not scale > 0:
-            raise ValueError(f"`scale` must be positive; got {scale}.")
-        self.scale = float(scale)
+        if out_size != "scalar" and not isinstance(scale, AbstractParameter):
+            # As many as a search for the scale of each dimension finds.
+            scale = jnp.broadcast_to(jnp.asarray(scale, float), (out_size,))
+        self.scale = scale
         self.mlp = eqx.nn.MLP(
             in_size, out_size, width_size, depth, activation=jnp.tanh, key=key
         )
@@ -64,4 +69,5 @@ class LengthscaleNetwork(eqx.Module):
             )
         z = self.mlp(x)
         # The softplus of a large negative number is exactly zero.
-        return self.scale * (jax.nn.softplus(z) + float(jnp.finfo(z.dtype).eps))
+        positive = jax.nn.softplus(z) + float(jnp.finfo(z.dtype).eps)
+        return jnp.asarray(value_of(self.scale), z.dtype) * positive
