@@ -183,7 +183,8 @@ def _fields(
     # Of an unwrapped kernel which is given `to(x)` in the place of a point x, and for
     # which a length is `scale` times what it is there.
     if isinstance(kernel, Gibbs):
-        yield _Field(lambda x: scale * jnp.asarray(kernel.lengthscale(to(x))), dims)
+        length: Any = kernel.lengthscale
+        yield _Field(lambda x: scale * jnp.asarray(length(to(x))), dims)
     elif isinstance(kernel, Sum | Product):
         for each in kernel.kernels:
             yield from _fields(each, to, dims, scale)
@@ -200,7 +201,8 @@ def _fields(
         scale = scale[kept] if np.ndim(scale) == 1 else scale
         yield from _fields(kernel.kernel, lambda x: to(x)[kept], dims, scale)
     elif isinstance(kernel, Warped):
-        yield from _fields(kernel.kernel, lambda x: kernel.warp(to(x)), None)
+        warp: Any = kernel.warp
+        yield from _fields(kernel.kernel, lambda x: warp(to(x)), None)
 
 
 def _components(
