@@ -151,9 +151,8 @@ def test_colours_of_each_unknown(two):
 
 
 def test_one_unknown_along_a_line_with_its_band(two):
-    ax = plot.solution(
-        two, box, unknown="a", fix={0: 0.5}, bars=0.9, names=("t", "x"), resolution=11
-    )
+    held = dict(unknown="a", fix={0: 0.5}, names=("t", "x"), resolution=11)
+    ax = plot.solution(two, box, bars=0.9, exact=lambda x: x[0] * x[1], **held)
     x = np.linspace(-1, 1, 11)
     points = np.stack([np.full(11, 0.5), x], axis=1)
     centre, half = two(points)["a"], 1.6448536269514722 * two.std(points)["a"]
@@ -165,7 +164,9 @@ def test_one_unknown_along_a_line_with_its_band(two):
         np.testing.assert_allclose(np.min(heights), (centre - half)[i], rtol=1e-10)
         np.testing.assert_allclose(np.max(heights), (centre + half)[i], rtol=1e-10)
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("$x$", "$a$")
-    assert texts(ax) == ["90 %"]
+    assert texts(ax) == ["90 %", "exact"]
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), 0.5 * x)
+    assert ax.lines[1].is_dashed()
 
 
 @pytest.mark.parametrize(
@@ -490,7 +491,8 @@ def test_wrong_use(two):
         ("is in `domain`", lambda: plot.solution(wave, Disk(), fix={0: 3.5})),
         ("`names` must be 2", lambda: plot.solution(wave, box, names=["t"])),
         ("`resolution` must", lambda: plot.solution(wave, box, resolution=1)),
-        ("`bars` are for lines", lambda: plot.solution(two, box, bars=0.9)),
+        ("are for lines", lambda: plot.solution(two, box, bars=0.9)),
+        ("are for lines", lambda: plot.solution(two, box, exact=two)),
         ("`bars` must be", lambda: plot.solution(two, box, bars=2.0, fix={0: 1.0})),
         ("deviations are", lambda: plot.solution(wave, box, bars=0.9, fix={0: 1.0})),
         ("`ax` must be 2 axes, one", lambda: plot.solution(two, box, ax=object())),

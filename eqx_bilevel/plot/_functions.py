@@ -9,7 +9,7 @@ from jaxtyping import ArrayLike
 
 from ._draw import draw, draw_magnitude
 from ._grid import Grid, make_grid
-from ._style import legend, mathematical, one_or_all, panels
+from ._style import GREY, legend, mathematical, one_or_all, panels
 from ._values import check_unknown, choose, pairs, stds_of, Values, values_of
 
 
@@ -23,6 +23,7 @@ def solution(
     unknown: str | None = None,
     fix: Mapping[int, ArrayLike] | None = None,
     bars: float | None = None,
+    exact: Callable | Mapping[str, Callable] | None = None,
     names: Sequence[str] | None = None,
     resolution: int | None = None,
     ax: Any = None,
@@ -45,6 +46,8 @@ def solution(
     - `bars`: A probability, such as 0.9, for a band that contains the function's value
         at each point with it. For lines only; in two dimensions see
         [`eqx_bilevel.plot.std`][].
+    - `exact`: The exact solution, as for [`eqx_bilevel.plot.error`][], drawn as a
+        dashed line. For lines only.
     - `names`: The names of all coordinates, as in `names=("t", "x")`.
     - `resolution`: How many points, for each coordinate. Default: 400 for a line, 100
         for colours.
@@ -61,18 +64,22 @@ def solution(
     """
     check_unknown(solution, unknown)
     grid = make_grid(domain, fix, names, resolution)
-    if bars is not None and len(grid.axes) == 2:
+    if len(grid.axes) == 2 and not (bars is None and exact is None):
         raise ValueError(
-            "`bars` are for lines, but two coordinates vary. Hold one with `fix`, or "
-            "draw `plot.std`."
+            "`bars` and `exact` are for lines, but two coordinates vary. Hold one with "
+            "`fix`, or draw `plot.std` and `plot.error`."
         )
     half = half_widths(solution, bars, grid.points)
     values = choose(values_of(solution, grid.points, "solution"), unknown)
+    truth = truths(values, exact, grid, unknown)
     axes = panels(len(values), ax, EACH)
     for ax, (name, value) in zip(axes, values.items()):
         draw(ax, grid, value, mathematical(name))
         if bars is not None:
             band(ax, grid, value, half[name], f"{100 * bars:g} %")
+        if name in truth:
+            dashed(ax, grid, truth[name])
+        if bars is not None or name in truth:
             legend(ax)
     return one_or_all(axes)
 
@@ -91,6 +98,19 @@ def band(ax, grid: Grid, value, half, label: str | None = None) -> None:
     low, high = grid.masked(value - half), grid.masked(value + half)
     style = dict(color=ax.lines[-1].get_color(), alpha=0.25, linewidth=0)
     ax.fill_between(grid.ticks[0], low, high, label=label, **style)
+
+
+def truths(values: Values, exact: Any, grid: Grid, unknown: str | None) -> Values:
+    # The exact values of unknowns, where they are known.
+    if exact is None:
+        return {}
+    found = pairs(values, values_of(exact, grid.points, "exact"), unknown)
+    return {name: truth for name, _, truth in found}
+
+
+def dashed(ax, grid: Grid, value, label: str | None = "exact") -> None:
+    style = dict(color=GREY, linestyle=(0, (4, 3)), linewidth=1.2)
+    ax.plot(grid.ticks[0], grid.masked(value), label=label, **style)
 
 
 def error(

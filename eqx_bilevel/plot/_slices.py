@@ -7,10 +7,10 @@ import numpy as np
 from jaxtyping import ArrayLike
 
 from ._draw import label_line
-from ._functions import band, EACH, half_widths
+from ._functions import band, dashed, EACH, half_widths, truths
 from ._grid import bounding_box, Grid, make_grid
-from ._style import GREY, legend, mathematical, one_or_all, panels, pyplot, VALUES
-from ._values import check_unknown, choose, pairs, Values, values_of
+from ._style import legend, mathematical, one_or_all, panels, pyplot, VALUES
+from ._values import check_unknown, choose, Values, values_of
 
 
 def slices(
@@ -81,15 +81,11 @@ class _Line(NamedTuple):
 def _line(solution, exact, grid: Grid, unknown, bars) -> _Line:
     values = choose(values_of(solution, grid.points, "solution"), unknown)
     half = half_widths(solution, bars, grid.points)
-    if exact is None:
-        return _Line(values, half, {})
-    found = pairs(values, values_of(exact, grid.points, "exact"), unknown)
-    return _Line(values, half, {name: truth for name, _, truth in found})
+    return _Line(values, half, truths(values, exact, grid, unknown))
 
 
 def _draw_slices(ax, name: str, grids, lines, labels) -> None:
     colours = pyplot().get_cmap(VALUES)(np.linspace(0.38, 0.78, len(lines)))
-    dashed = dict(color=GREY, linestyle=(0, (4, 3)), linewidth=1.2)
     for grid, line, label, colour in zip(grids, lines, labels, colours):
         value = line.values[name]
         ax.plot(grid.ticks[0], grid.masked(value), color=colour, label=label)
@@ -97,6 +93,5 @@ def _draw_slices(ax, name: str, grids, lines, labels) -> None:
             band(ax, grid, value, line.half[name])
     for grid, line in zip(grids, lines):
         if name in line.exact:
-            text = "exact" if line is lines[-1] else None
-            ax.plot(grid.ticks[0], grid.masked(line.exact[name]), label=text, **dashed)
+            dashed(ax, grid, line.exact[name], "exact" if line is lines[-1] else None)
     label_line(ax, grids[0], mathematical(name))
