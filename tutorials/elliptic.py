@@ -147,7 +147,7 @@ def draw(runs, path):
     figure, panels = plot.subplots(1, 3, figsize=(14, 4))
     plot.solution(last, square, names=("x", "y"), ax=panels[0])
     plot.error(last, exact, square, names=("x", "y"), ax=panels[1])
-    shades = iter(plt.get_cmap("viridis")(jnp.linspace(0.1, 0.9, len(runs) // 2)))
+    shades = iter(plt.get_cmap("viridis")(jnp.linspace(0.25, 0.85, len(runs) // 2)))
     for (start, scale_search), (learned, _) in runs.items():
         if scale_search:  # These coincide: they do not depend on the start.
             style = dict(color="grey", linestyle="--", label="scale search")

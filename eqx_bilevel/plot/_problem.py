@@ -74,13 +74,16 @@ def points(
         return ax
     first, second = _checked_axes(axes, dim)
     (ax,) = panels(1, ax, "for all points")
+    # Of a colour map they stand out by their edges.
+    edges = dict(_DOTS, mew=0.7, mec="white", ms=4.5) if ax.images else _DOTS
     for condition, label in zip(conditions, labels):
         found = np.asarray(condition.points)
-        style = dict(label=label, clip_on=False, **_DOTS)
+        style = dict(edges, label=label, clip_on=False)
         ax.plot(found[:, first], found[:, second], **style)
     _label(ax, [coordinates[first], coordinates[second]])
     ax.grid(False)
-    legend(ax, loc="upper left", bbox_to_anchor=(1, 1))
+    above = dict(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(4, len(labels)))
+    legend(ax, columnspacing=1.2, handletextpad=0.1, **above)
     return ax
 
 
@@ -99,7 +102,7 @@ def _label(ax: Any, coordinates: list[str]) -> None:
             axis.set_label_text(label)
 
 
-_DOTS = dict(linestyle="none", marker="o", markersize=3.5, markeredgewidth=0)
+_DOTS = dict(ls="none", marker="o", ms=3.5, mew=0)
 
 
 def _checked_axes(axes: tuple[int, int], dim: int) -> tuple[int, int]:
