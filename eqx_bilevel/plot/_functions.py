@@ -5,7 +5,6 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from jaxtyping import ArrayLike
 
 from ._draw import draw, draw_magnitude
 from ._grid import Grid, make_grid
@@ -21,7 +20,7 @@ def solution(
     domain: Any,
     *,
     unknown: str | None = None,
-    fix: Mapping[int, ArrayLike] | None = None,
+    fix: Mapping[int, Any] | None = None,
     bars: float | None = None,
     exact: Callable | Mapping[str, Callable] | None = None,
     names: Sequence[str] | None = None,
@@ -50,7 +49,7 @@ def solution(
         dashed line. For lines only.
     - `names`: The names of all coordinates, as in `names=("t", "x")`.
     - `resolution`: How many points, for each coordinate. Default: 400 for a line, 100
-        for colours.
+        for colours, and twice as many if the domain does not fill its bounds.
     - `ax`: The Matplotlib `Axes` to draw into, one for each panel. Default: a new
         figure.
 
@@ -119,7 +118,7 @@ def error(
     domain: Any,
     *,
     unknown: str | None = None,
-    fix: Mapping[int, ArrayLike] | None = None,
+    fix: Mapping[int, Any] | None = None,
     names: Sequence[str] | None = None,
     resolution: int | None = None,
     ax: Any = None,
@@ -165,7 +164,7 @@ def std(
     domain: Any,
     *,
     unknown: str | None = None,
-    fix: Mapping[int, ArrayLike] | None = None,
+    fix: Mapping[int, Any] | None = None,
     names: Sequence[str] | None = None,
     resolution: int | None = None,
     ax: Any = None,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array
 
 from .._condition import Condition
 from .._kernels import (
@@ -117,7 +117,7 @@ def lengthscales(
     prior: Any,
     domain: Any,
     *,
-    fix: Mapping[int, ArrayLike] | None = None,
+    fix: Mapping[int, Any] | None = None,
     names: Sequence[str] | None = None,
     resolution: int | None = None,
     ax: Any = None,

@@ -21,7 +21,7 @@ def slices(
     axis: int = 0,
     exact: Callable | Mapping[str, Callable] | None = None,
     unknown: str | None = None,
-    fix: Mapping[int, ArrayLike] | None = None,
+    fix: Mapping[int, Any] | None = None,
     bars: float | None = None,
     names: Sequence[str] | None = None,
     resolution: int | None = None,
