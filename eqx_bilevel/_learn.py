@@ -24,6 +24,7 @@ from ._outer import (
     evaluate,
     merit,
     optax_step,
+    optax_update,
     optimistix_init,
     optimistix_step,
     Outcome,
@@ -122,8 +123,9 @@ def learn(
     - `optimiser`: An Optax optimiser; or an Optimistix minimiser (of the logarithm of
         the objective, if that is a sum of squares); or a least-squares solver, if it
         is. Each of its steps must evaluate the objective at one point, as all but
-        `optimistix.NelderMead` do. Default: [`eqx_bilevel.BoundedBFGS`][] for up to
-        3000 hyperparameters, and otherwise `optax.adam(1e-3)`.
+        `optimistix.NelderMead` and Optax's line searches do. Default:
+        [`eqx_bilevel.BoundedBFGS`][] for up to 3000 hyperparameters, and otherwise
+        `optax.adam(1e-3)`.
 
     The remaining arguments are keyword-only.
 
@@ -258,12 +260,29 @@ def _optimiser(optimiser, theta, objective, searched: bool) -> _Optimiser:
             "`optimiser` must evaluate the objective at one point in each step, which "
             "`optimistix.NelderMead` does not."
         )
+    if isinstance(optimiser, optax.GradientTransformation):
+        _check_optax(optimiser, theta)
     if not isinstance(optimiser, _Optimiser):
         raise ValueError(
             "`optimiser` must be an Optax optimiser, or an Optimistix least-squares "
             f"solver or minimiser, got a {type(optimiser).__name__}."
         )
     return optimiser
+
+
+def _check_optax(optimiser: optax.GradientTransformation, theta: PyTree) -> None:
+    def step(theta):
+        value = jnp.zeros(())
+        return optax_update(optimiser, optimiser.init(theta), theta, value, theta)
+
+    try:
+        eqx.filter_eval_shape(step, theta)
+    except TypeError as error:
+        raise ValueError(
+            "`optimiser` must make a step from the gradient and the objective at one "
+            "point. A line search, as in `optax.lbfgs`, does not. Use an Optimistix "
+            f"minimiser, such as `eqx_bilevel.BoundedBFGS`. Optax says: {error}"
+        ) from error
 
 
 def _with_inner_steps(task: Task, num: ArrayLike) -> Task:
