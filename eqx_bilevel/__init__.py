@@ -12,6 +12,7 @@ from ._evidence import (
     NegativeLogPredictive as NegativeLogPredictive,
 )
 from ._gauss_newton import GaussNewton as GaussNewton
+from ._gpjax import from_gpjax as from_gpjax
 from ._hyperprior import NegativeLogHyperprior as NegativeLogHyperprior
 from ._jets import Jet as Jet
 from ._kernels import (

@@ -19,7 +19,7 @@ from ._condition import Condition, GaussianProcess, is_concrete
 from ._gauss_newton import GaussNewton
 from ._krylov import FixedPointGMRES
 from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
-from ._outer import cold_start, evaluate, partition, Start, Task
+from ._outer import cold_start, evaluate, optax_update, partition, Start, Task
 from ._progress import Callback, Record
 from ._quasi_newton import BoundedBFGS
 from ._results import RESULTS
@@ -57,8 +57,10 @@ class Learned(eqx.Module):
         typical lengthscale for each dimension, and `objective`.
     """
 
-    prior: GaussianProcess | dict[str, GaussianProcess]
-    conditions: list[Condition]
+    # Not `GaussianProcess | dict`, nor `Condition`: what is in them is the user's, and a
+    # type checker should let `learned.prior.kernel.lengthscale` pass.
+    prior: Any
+    conditions: list[Any]
     solution: Solution
     objective: Array
     converged: bool
@@ -273,12 +275,29 @@ def _optimiser(optimiser, theta, objective, searched: bool) -> Optimiser:
             "`optimiser` must evaluate the objective at one point in each step, which "
             "`optimistix.NelderMead` does not."
         )
+    if isinstance(optimiser, optax.GradientTransformation):
+        _check_optax(optimiser, theta)
     if not isinstance(optimiser, Optimiser):
         raise ValueError(
             "`optimiser` must be an Optax optimiser, or an Optimistix least-squares "
             f"solver or minimiser, got a {type(optimiser).__name__}."
         )
     return optimiser
+
+
+def _check_optax(optimiser: optax.GradientTransformation, theta: PyTree) -> None:
+    def step(theta):
+        value = jnp.zeros(())
+        return optax_update(optimiser, optimiser.init(theta), theta, value, theta)
+
+    try:
+        eqx.filter_eval_shape(step, theta)
+    except TypeError as error:
+        raise ValueError(
+            "`optimiser` must make a step from the gradient and the objective at one "
+            "point. A line search, as in `optax.lbfgs`, does not. Use an Optimistix "
+            f"minimiser, such as `eqx_bilevel.BoundedBFGS`. Optax says: {error}"
+        ) from error
 
 
 def _learn(

@@ -122,6 +122,19 @@ class OptaxStep(eqx.Module):
     ok: Bool[Array, ""]
 
 
+def optax_update(
+    optimiser: optax.GradientTransformation,
+    opt_state: PyTree,
+    theta: PyTree,
+    value: Array,
+    gradient: PyTree,
+) -> tuple[PyTree, PyTree]:
+    # Some ask for the value: `optax.contrib.reduce_on_plateau`.
+    update = optax.with_extra_args_support(optimiser).update
+    with jax.numpy_dtype_promotion("standard"):  # Optax relies on it.
+        return update(gradient, opt_state, theta, value=value, grad=gradient)
+
+
 @eqx.filter_jit
 def optax_step(
     optimiser: optax.GradientTransformation,
@@ -134,8 +147,7 @@ def optax_step(
     batch = task.objective.batch(key)
     loss = lambda theta: batch(_differentiable(theta, task, batch, found))
     value, gradient = eqx.filter_value_and_grad(loss)(theta)
-    with jax.numpy_dtype_promotion("standard"):  # Optax relies on it.
-        updates, opt_state = optimiser.update(gradient, opt_state, theta)
+    updates, opt_state = optax_update(optimiser, opt_state, theta, value, gradient)
     return OptaxStep(updates, opt_state, value, all_finite((value, gradient)))
 
 

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from ._condition import Condition, GaussianProcess, learned_in
+from ._condition import Condition, learned_in
 from ._objectives import AbstractObjective
 from ._outer import merit, Outcome
 from ._parameters import AbstractParameter
@@ -46,8 +46,8 @@ class Progress(eqx.Module):
     inner_steps: int
     jitter: float
     lengths: tuple[float, ...] | None
-    prior: GaussianProcess | dict[str, GaussianProcess]
-    conditions: list[Condition]
+    prior: Any  # See `Learned`.
+    conditions: list[Any]
     solution: Solution
     history: dict[str, np.ndarray]
 

@@ -364,6 +364,15 @@ _wrong = {
         ),
         "`optimiser` must evaluate the objective at one point.*NelderMead",
     ),
+    "optimiser with a line search": (
+        lambda: eb.learn(
+            _prior(),
+            data,
+            eb.ValidationResidual(grid, "ends"),
+            optimiser=optax.lbfgs(),
+        ),
+        "`optimiser` must make a step from the gradient and the objective at one point",
+    ),
     "optimiser": (
         lambda: eb.learn(
             _prior(), data, eb.ValidationResidual(grid, "ends"), optimiser="adam"
