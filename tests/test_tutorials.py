@@ -3,12 +3,29 @@
 import pathlib
 import runpy
 
+import jax
 import jax.numpy as jnp
+import matplotlib
 import matplotlib.image
+import matplotlib.pyplot as plt
 import numpy as np
 
 
+matplotlib.use("Agg")
+
 tutorials = pathlib.Path(__file__).parents[1] / "tutorials"
+
+
+def _run(name):
+    # What a script leaves behind. Pages have one picture or more.
+    left = runpy.run_path(str(tutorials / name))
+    assert len(plt.get_fignums()) > 0
+    plt.close("all")
+    return left
+
+
+def _rms(values):
+    return np.sqrt(np.mean(np.square(values)))
 
 
 def _modes(k, x, y):
@@ -94,3 +111,37 @@ def test_elliptic(tmp_path, capsys):
         assert np.isclose(float(row[8]), error, rtol=0.3)
     assert matplotlib.image.imread(picture).std() > 0.1
     assert str(picture) in printed
+
+
+def test_first(capsys):
+    left = _run("first.py")
+    # At other points than the script's own, and with derivatives by hand.
+    x = np.random.default_rng(0).uniform(-0.5, 0.5, (200, 2))
+    square = np.sum(x**2, axis=1)
+    solution = left["solution"]
+    error = np.abs(solution(x) - np.log(8) + 2 * np.log(1 - square))
+    assert 5e-4 < error.max() < 4e-3
+    slope = 4 * x[:, 0] / (1 - square)
+    assert np.max(np.abs(solution.d(0)(x) - slope)) < 0.1
+    assert np.mean(error < 2 * np.asarray(solution.std(x))) > 0.85
+    assert f"{left['error'].max():.1e}" in capsys.readouterr().out
+
+
+def test_lengthscale():
+    left = _run("lengthscale.py")
+    # The source, by hand: products of sines are eigenfunctions of the Laplacian.
+    x = np.random.default_rng(0).uniform(0, 1, (100, 2))
+    one = np.sin(np.pi * x).prod(axis=1)
+    two = 0.5 * np.sin(np.pi * x * np.array([[3, 2]])).prod(axis=1)
+    source = np.pi**2 * (2 * one + 13 * two) + (one + two) ** 3
+    np.testing.assert_allclose(jax.vmap(left["source"])(jnp.asarray(x)), source)
+
+    learned, errors = left["learned"], left["errors"]
+    error = _rms(learned.solution(x) - one - two)
+    assert error < 1e-5 and error < 1e-4 * left["error_before"]
+    # It ends where the error is about as small as with any other lengthscale.
+    assert error < 3 * np.min(errors)
+    assert np.min(errors) < 1e-3 * min(errors[0], errors[-1])
+    frozen = left["frozen"].prior.kernel.lengthscale.value
+    assert np.isclose(frozen, left["found"], rtol=0.1)
+    assert left["radius"] < 1e-4 < 1e-2 < left["radii"].max()
