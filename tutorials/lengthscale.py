@@ -122,6 +122,6 @@ print(f"the largest one of the curves above:        {radii.max():.0e}")
 # ## For your equation
 #
 # - A lengthscale for each dimension: `eb.Gaussian([0.1, 0.1])`. For one that varies
-#   from place to place see the [next page](./first.md).
+#   from place to place see the [next page](./burgers_network.md).
 # - `learned.solution` is the solution, and `learned.prior` goes into the next problem.
 # - `eb.learn(..., verbose=True)` prints what it does.
