@@ -60,7 +60,7 @@ conditions = [
 objective = eb.ValidationResidual(domain.interior(300, key=keys[3]))
 prior = eb.GaussianProcess(eb.Gaussian([0.3, 0.3]))
 gaussian = eb.learn(prior, conditions, objective)
-print("lengthscales in t and x:", gaussian.prior.kernel.lengthscale.value)
+print("lengthscales in t and x:", eb.unwrap(gaussian.prior).kernel.lengthscale)
 
 # %% [markdown]
 # ## A network
@@ -94,7 +94,7 @@ plot.slices(neural, domain, at=[0.0, 0.25, 0.5, 1.0], exact=exact, names=names)
 # %%
 figure, (left, right) = plot.subplots(1, 2)
 plot.solution(neural, domain, names=names, ax=left)
-plot.lengthscales(neural.prior.kernel, domain, names=names, ax=right)
+plot.lengthscales(eb.unwrap(neural.prior).kernel, domain, names=names, ax=right)
 
 # %% [markdown]
 # Nobody told the network where the front is. It has made the lengthscale short there,

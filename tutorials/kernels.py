@@ -151,7 +151,7 @@ for name, kernel in kernels.items():
     errors[name] = jnp.max(jnp.abs(solution(inside) - jax.vmap(waves)(inside)))
     print(f"{name:8s}  largest error {errors[name]:.1e}")
 
-lengthscales = learned["Gaussian"].prior.kernel.lengthscale.value
+lengthscales = eb.unwrap(learned["Gaussian"].prior).kernel.lengthscale
 print("lengthscales of the Gaussian:", *(f"{length:.2f}" for length in lengthscales))
 
 # %% [markdown]

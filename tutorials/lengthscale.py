@@ -78,7 +78,7 @@ objectives, errors, radii = map(jnp.array, zip(*map(judge, lengthscales)))
 # %%
 start = eb.GaussianProcess(eb.Gaussian(0.1))
 learned = eb.learn(start, conditions, objective)
-found = learned.prior.kernel.lengthscale.value
+found = eb.unwrap(learned.prior).kernel.lengthscale
 _, error, radius = judge(found)
 _, error_before, _ = judge(jnp.array(0.1))
 print(f"learned lengthscale {found:.3f}, after {len(learned.history['best'])} steps")
@@ -109,7 +109,7 @@ for ax, curve, label in zip(axes, (objectives, errors), ("objective", "RMS error
 
 # %%
 frozen = eb.learn(start, conditions, objective, gradient="frozen")
-print(f"with frozen gradients: {frozen.prior.kernel.lengthscale.value:.3f}")
+print(f"with frozen gradients: {eb.unwrap(frozen.prior).kernel.lengthscale:.3f}")
 print(f"spectral radius at the learned lengthscale: {radius:.0e}")
 print(f"the largest one of the curves above:        {radii.max():.0e}")
 

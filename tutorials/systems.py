@@ -89,7 +89,7 @@ print("    guessed   learned     along x   along y")
 for name in start:
     both = guessed(grid)[name], learned.solution(grid)[name]
     errors[name] = [jnp.max(jnp.abs(found - truth[name])) for found in both]
-    lengths = learned.prior[name].kernel.lengthscale.value
+    lengths = eb.unwrap(learned.prior)[name].kernel.lengthscale
     row = (*errors[name], *lengths)
     print("{}   {:7.1e}   {:7.1e}   {:9.2f} {:9.2f}".format(name, *row))
 
