@@ -457,6 +457,7 @@ def test_figures_are_for_light_and_dark_pages():
 
     figure.draw_without_rendering()  # Ticks are made as late as here.
     grey = {text.get_color() for text in ax.get_xticklabels() + ax.get_yticklabels()}
+    grey |= {tick.get_color() for tick in ax.get_xticklines() + ax.get_yticklines()}
     grey |= {ax.xaxis.label.get_color(), ax.spines["left"].get_edgecolor()[:3]}
     colours = [plot._style.COLOURS[0], *plot._style.COLOURS[1:4], *grey]
     for colour in colours:

@@ -73,17 +73,7 @@ def subplots(rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Any, Any]:
     size = (4.8 * columns, 3.6 * rows)
     kwargs = {"figsize": size, "layout": "constrained", **kwargs}
     with plt.rc_context(_settings()):
-        figure, axes = plt.subplots(rows, columns, **kwargs)
-    for ax in np.ravel(axes):
-        _colour_ticks(ax)
-    return figure, axes
-
-
-def _colour_ticks(ax: Any) -> None:
-    # Ticks are made when they are drawn, with the settings of that time.
-    style = dict(color=GREY, labelcolor=GREY)
-    grid = dict(grid_color=GREY, grid_alpha=0.25, grid_linewidth=0.6)
-    ax.tick_params(which="both", **style, **grid)
+        return plt.subplots(rows, columns, **kwargs)
 
 
 _MOST_COLUMNS = 3
