@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -57,8 +58,8 @@ class Learned(eqx.Module):
         typical lengthscale for each dimension, and `objective`.
     """
 
-    # Not `GaussianProcess | dict`, nor `Condition`: what is in them is the user's, and a
-    # type checker should let `learned.prior.kernel.lengthscale` pass.
+    # Not `GaussianProcess | dict`, nor `Condition`: what is in them is the user's, and
+    # a type checker should let `learned.prior.kernel.lengthscale` pass.
     prior: Any
     conditions: list[Any]
     solution: Solution

@@ -3,12 +3,30 @@
 import pathlib
 import runpy
 
+import eqx_bilevel as eb
+import jax
 import jax.numpy as jnp
+import matplotlib
 import matplotlib.image
+import matplotlib.pyplot as plt
 import numpy as np
 
 
+matplotlib.use("Agg")
+
 tutorials = pathlib.Path(__file__).parents[1] / "tutorials"
+
+
+def _run(name):
+    # What a script leaves behind. Pages have one picture or more.
+    left = runpy.run_path(str(tutorials / name))
+    assert len(plt.get_fignums()) > 0
+    plt.close("all")
+    return left
+
+
+def _rms(values):
+    return np.sqrt(np.mean(np.square(values)))
 
 
 def _modes(k, x, y):
@@ -94,3 +112,115 @@ def test_elliptic(tmp_path, capsys):
         assert np.isclose(float(row[8]), error, rtol=0.3)
     assert matplotlib.image.imread(picture).std() > 0.1
     assert str(picture) in printed
+
+
+def test_first(capsys):
+    left = _run("first.py")
+    # At other points than the script's own, and with derivatives by hand.
+    x = np.random.default_rng(0).uniform(-0.5, 0.5, (200, 2))
+    square = np.sum(x**2, axis=1)
+    solution = left["solution"]
+    error = np.abs(solution(x) - np.log(8) + 2 * np.log(1 - square))
+    assert 5e-4 < error.max() < 4e-3
+    slope = 4 * x[:, 0] / (1 - square)
+    assert np.max(np.abs(solution.d(0)(x) - slope)) < 0.1
+    assert np.mean(error < 2 * np.asarray(solution.std(x))) > 0.85
+    assert f"{left['error'].max():.1e}" in capsys.readouterr().out
+
+
+def test_lengthscale():
+    left = _run("lengthscale.py")
+    # The source, by hand: products of sines are eigenfunctions of the Laplacian.
+    x = np.random.default_rng(0).uniform(0, 1, (100, 2))
+    one = np.sin(np.pi * x).prod(axis=1)
+    two = 0.5 * np.sin(np.pi * x * np.array([[3, 2]])).prod(axis=1)
+    source = np.pi**2 * (2 * one + 13 * two) + (one + two) ** 3
+    np.testing.assert_allclose(jax.vmap(left["source"])(jnp.asarray(x)), source)
+
+    learned, errors = left["learned"], left["errors"]
+    error = _rms(learned.solution(x) - one - two)
+    assert error < 1e-5 and error < 1e-4 * left["error_before"]
+    # It ends where the error is about as small as with any other lengthscale.
+    assert error < 3 * np.min(errors)
+    assert np.min(errors) < 1e-3 * min(errors[0], errors[-1])
+    frozen = left["frozen"].prior.kernel.lengthscale.value
+    assert np.isclose(frozen, left["found"], rtol=0.1)
+    assert left["radius"] < 1e-4 < 1e-2 < left["radii"].max()
+
+
+def test_burgers_network():
+    left = _run("burgers_network.py")
+    # The exact solution, from the heat equation that Cole and Hopf reduce it to, by
+    # quadrature on a line instead of at Gauss-Hermite nodes.
+    nu, (t, x) = left["viscosity"], (0.6, np.linspace(-0.9, 0.9, 13))
+    y = np.linspace(-6, 6, 20001)[:, None]
+    log_heat = -((x - y) ** 2) / (4 * nu * t) - np.cos(np.pi * y) / (2 * np.pi * nu)
+    heat = np.exp(log_heat - log_heat.max())
+    truth = (heat * (x - y) / t).sum(axis=0) / heat.sum(axis=0)
+    points = jnp.stack([jnp.full(13, t), jnp.asarray(x)], axis=1)
+    np.testing.assert_allclose(jax.vmap(left["exact"])(points), truth, atol=1e-9)
+
+    neural, gaussian = left["neural"], left["gaussian"]
+    assert _rms(neural.solution(points) - truth) < 3e-3
+    assert neural.objective < 0.1 * gaussian.objective
+    assert left["errors"]["network"] < 0.3 * left["errors"]["Gaussian"]
+    # Short at the front, long beside it.
+    lengthscale = eb.unwrap(neural.prior).kernel.lengthscale
+    front, beside = (lengthscale(jnp.array([0.7, x])) for x in (0.0, 0.7))
+    assert 2 * front < beside
+
+
+def test_kernels():
+    left = _run("kernels.py")
+    errors, learned = left["errors"], left["learned"]
+    x = np.linspace(-1, 1, 317)
+    truth = np.sin(np.pi * x) + np.tanh(20 * x)
+    # Of two scales: the names of the second part have overwritten the first's.
+    warped = learned["warped"]
+    error = np.max(np.abs(warped.solution(x[:, None]) - truth))
+    assert error < 1e-4 and np.isclose(
+        np.log10(error), np.log10(errors["warped"]), atol=1
+    )
+    local = left["local"]
+    assert 5 * local[200] < min(local[0], local[-1])
+
+    # Of four coordinates.
+    x = np.random.default_rng(0).uniform(0, 1, (300, 4))
+    truth = np.sin(np.pi * x[:, 0]) + np.cos(2 * np.pi * x[:, 1])
+    truth += np.exp(-x[:, 2]) + x[:, 3] ** 3
+    found = {
+        k: np.max(np.abs(s.solution(x) - truth))
+        for k, s in learned.items()
+        if k != "warped"
+    }
+    assert found["additive"] < 1e-5 < 1e-3 < found["Gaussian"]
+
+
+def test_systems():
+    left = _run("systems.py")
+    # Kovasznay's flow, by hand: Reynolds number 20.
+    rate = 10 - np.sqrt(100 + 4 * np.pi**2)
+    x, y = np.random.default_rng(0).uniform([[-0.5, -0.5]], [[1.0, 0.5]], (200, 2)).T
+    decay = np.exp(rate * x)
+    truth = {
+        "u": 1 - decay * np.cos(2 * np.pi * y),
+        "v": rate / (2 * np.pi) * decay * np.sin(2 * np.pi * y),
+        "p": (1 - decay**2) / 2,
+    }
+    found = left["learned"].solution(np.stack([x, y], axis=1))
+    for name, values in truth.items():
+        error = np.max(np.abs(found[name] - values))
+        assert error < 1e-3 and error < 3 * left["errors"][name][1]
+        assert left["errors"][name][1] < 0.5 * left["errors"][name][0]
+
+
+def test_own():
+    left = _run("own.py")
+    # The soliton, and its momentum over the whole line, by hand.
+    t, x = np.random.default_rng(0).uniform([[0], [-5]], [[1], [7]], (2, 200))
+    truth = np.cosh((x - 2 * t) / np.sqrt(2)) ** -2.0
+    solution = left["learned"].solution
+    error = np.max(np.abs(solution(np.stack([t, x], axis=1)) - truth))
+    assert error < 1e-4 and error < 1e-3 * left["errors"]["as given"]
+    np.testing.assert_allclose(left["known"], 4 / 3 * np.sqrt(2), rtol=1e-4)
+    assert abs(left["found"].speed - 2) < 0.02
