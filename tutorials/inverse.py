@@ -29,7 +29,7 @@ jax.config.update("jax_enable_x64", True)
 
 # %%
 rod = eb.Box(0.0, 1.0)
-noise = 1e-3
+noise = 3e-3
 
 
 def log_conductivity(x):
@@ -72,7 +72,7 @@ def value(u, x):
 conditions = [
     eb.Condition(flow, rod.interior(60, key=key3), name="flow"),
     eb.Condition(value, [[1.0]], name="end"),
-    eb.Condition(value, places, data, noise=eb.Positive(0.01), name="data"),
+    eb.Condition(value, places, data, noise=eb.Positive(0.03), name="data"),
 ]
 vague = eb.Scaled(eb.Gaussian(eb.Frozen(0.2)), eb.Frozen(100.0))
 prior = {
