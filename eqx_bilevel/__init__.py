@@ -1,5 +1,6 @@
 from importlib.metadata import version as _version
 
+from . import plot as plot
 from ._adjoint import (
     FixedPointAdjoint as FixedPointAdjoint,
     FrozenAdjoint as FrozenAdjoint,

@@ -75,7 +75,7 @@ def _imported(path: pathlib.Path):
 
 def test_files_import_from_files_above():
     text = (docs / "contributing.md").read_text()
-    order = re.findall(r"^\| `(_\w+)(?:\.py|/)` \|", text, re.MULTILINE)
+    order = re.findall(r"^\| `(\w+)(?:\.py|/)` \|", text, re.MULTILINE)
     files = [p for p in package.rglob("*.py") if p != package / "__init__.py"]
     entries = {p.relative_to(package).parts[0].removesuffix(".py") for p in files}
     assert entries == set(order)
