@@ -14,6 +14,7 @@ import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
 import matplotlib
+from eqx_bilevel import plot
 from scipy.sparse.linalg import LaplacianNd, spsolve
 
 
@@ -143,29 +144,26 @@ def print_table(runs):
 
 def draw(runs, path):
     *_, (last, _) = runs.values()
-    found = last.solution(test_points)
-    error = jnp.abs(found - jax.vmap(exact)(test_points))
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    for axes, values, title, colours, norm in (
-        (panels[0], found, "Learned solution", "RdBu_r", "linear"),
-        (panels[1], error, "Absolute error", "magma", "log"),
-    ):
-        x, y = test_points.T.reshape(2, 60, 60)
-        style = dict(cmap=colours, norm=norm, shading="gouraud")
-        image = axes.pcolormesh(x, y, values.reshape(60, 60), **style)
-        figure.colorbar(image, ax=axes)
-        axes.set(title=title, xlabel="$x$", ylabel="$y$", aspect="equal")
-    shades = iter(plt.get_cmap("viridis")(jnp.linspace(0, 0.95, len(runs) // 2)))
+    figure, panels = plot.subplots(1, 3, figsize=(14, 4))
+    plot.solution(last, square, names=("x", "y"), ax=panels[0])
+    plot.error(last, exact, square, names=("x", "y"), ax=panels[1])
+    shades = iter(plt.get_cmap("viridis")(jnp.linspace(0.25, 0.85, len(runs) // 2)))
     for (start, scale_search), (learned, _) in runs.items():
         if scale_search:  # These coincide: they do not depend on the start.
-            style = dict(color="black", linestyle="--", label="scale search")
+            style = dict(color="grey", linestyle="--", label="scale search")
         else:
             style = dict(color=next(shades), label=f"from {start:g}")
         objective = learned.history["best"]
         panels[2].semilogy(range(1, len(objective) + 1), objective, marker=".", **style)
     handles = {line.get_label(): line for line in panels[2].lines}.values()
-    panels[2].legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1))
-    panels[2].set(title="Learning", xlabel="step", ylabel="validation objective")
+    panels[2].legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(1, 1),
+        frameon=False,
+        labelcolor="grey",
+    )
+    panels[2].set(xlabel="step", ylabel="validation objective")
     panels[2].xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=150)
 

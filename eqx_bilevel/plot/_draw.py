@@ -81,6 +81,6 @@ def _image(ax: Any, grid: Grid, shown: np.ma.MaskedArray, label: str, **style: A
 def _aspect(grid: Grid) -> str:
     # True to scale in space, unless that makes a strip.
     lengths = [np.ptp(t) for t in grid.ticks]
-    strip = max(lengths) > 3 * min(lengths)
+    strip = max(lengths) >= 2 * min(lengths)
     time = "t" in [grid.names[axis] for axis in grid.axes]
     return "auto" if strip or time else "equal"

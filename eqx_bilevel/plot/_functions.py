@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import ArrayLike
 
-from ._draw import draw, draw_magnitude, label_line
-from ._grid import bounding_box, Grid, make_grid
-from ._style import GREY, legend, mathematical, one_or_all, panels, pyplot, VALUES
+from ._draw import draw, draw_magnitude
+from ._grid import Grid, make_grid
+from ._style import GREY, legend, mathematical, one_or_all, panels
 from ._values import check_unknown, choose, pairs, stds_of, Values, values_of
 
 
-_EACH = "one for each unknown (or name one with `unknown`)"
+EACH = "one for each unknown (or name one with `unknown`)"
 
 
 def solution(
@@ -23,6 +23,7 @@ def solution(
     unknown: str | None = None,
     fix: Mapping[int, ArrayLike] | None = None,
     bars: float | None = None,
+    exact: Callable | Mapping[str, Callable] | None = None,
     names: Sequence[str] | None = None,
     resolution: int | None = None,
     ax: Any = None,
@@ -45,6 +46,8 @@ def solution(
     - `bars`: A probability, such as 0.9, for a band that contains the function's value
         at each point with it. For lines only; in two dimensions see
         [`eqx_bilevel.plot.std`][].
+    - `exact`: The exact solution, as for [`eqx_bilevel.plot.error`][], drawn as a
+        dashed line. For lines only.
     - `names`: The names of all coordinates, as in `names=("t", "x")`.
     - `resolution`: How many points, for each coordinate. Default: 400 for a line, 100
         for colours.
@@ -61,23 +64,27 @@ def solution(
     """
     check_unknown(solution, unknown)
     grid = make_grid(domain, fix, names, resolution)
-    if bars is not None and len(grid.axes) == 2:
+    if len(grid.axes) == 2 and not (bars is None and exact is None):
         raise ValueError(
-            "`bars` are for lines, but two coordinates vary. Hold one with `fix`, or "
-            "draw `plot.std`."
+            "`bars` and `exact` are for lines, but two coordinates vary. Hold one with "
+            "`fix`, or draw `plot.std` and `plot.error`."
         )
-    half = _half_widths(solution, bars, grid.points)
+    half = half_widths(solution, bars, grid.points)
     values = choose(values_of(solution, grid.points, "solution"), unknown)
-    axes = panels(len(values), ax, _EACH)
+    truth = truths(values, exact, grid, unknown)
+    axes = panels(len(values), ax, EACH)
     for ax, (name, value) in zip(axes, values.items()):
         draw(ax, grid, value, mathematical(name))
         if bars is not None:
-            _band(ax, grid, value, half[name], f"{100 * bars:g} %")
+            band(ax, grid, value, half[name], f"{100 * bars:g} %")
+        if name in truth:
+            dashed(ax, grid, truth[name])
+        if bars is not None or name in truth:
             legend(ax)
     return one_or_all(axes)
 
 
-def _half_widths(found: Any, bars: float | None, points) -> Values:
+def half_widths(found: Any, bars: float | None, points) -> Values:
     if bars is None:
         return {}
     if not 0 < bars < 1:
@@ -86,11 +93,24 @@ def _half_widths(found: Any, bars: float | None, points) -> Values:
     return {name: factor * std for name, std in stds_of(found, points).items()}
 
 
-def _band(ax, grid: Grid, value, half, label: str | None = None) -> None:
+def band(ax, grid: Grid, value, half, label: str | None = None) -> None:
     # Around the line that was drawn last, in its colour.
     low, high = grid.masked(value - half), grid.masked(value + half)
     style = dict(color=ax.lines[-1].get_color(), alpha=0.25, linewidth=0)
     ax.fill_between(grid.ticks[0], low, high, label=label, **style)
+
+
+def truths(values: Values, exact: Any, grid: Grid, unknown: str | None) -> Values:
+    # The exact values of unknowns, where they are known.
+    if exact is None:
+        return {}
+    found = pairs(values, values_of(exact, grid.points, "exact"), unknown)
+    return {name: truth for name, _, truth in found}
+
+
+def dashed(ax, grid: Grid, value, label: str | None = "exact") -> None:
+    style = dict(color=GREY, linestyle=(0, (4, 3)), linewidth=1.2)
+    ax.plot(grid.ticks[0], grid.masked(value), label=label, **style)
 
 
 def error(
@@ -129,7 +149,7 @@ def error(
     grid = make_grid(domain, fix, names, resolution)
     values = values_of(solution, grid.points, "solution")
     found = pairs(values, values_of(exact, grid.points, "exact"), unknown)
-    axes = panels(len(found), ax, _EACH)
+    axes = panels(len(found), ax, EACH)
     for ax, (name, value, truth) in zip(axes, found):
         label = _of("absolute error", name)
         draw_magnitude(ax, grid, np.abs(value - truth), label)
@@ -174,96 +194,7 @@ def std(
     check_unknown(solution, unknown)
     grid = make_grid(domain, fix, names, resolution, defaults=(400, 50))
     values = choose(stds_of(solution, grid.points), unknown)
-    axes = panels(len(values), ax, _EACH)
+    axes = panels(len(values), ax, EACH)
     for ax, (name, value) in zip(axes, values.items()):
         draw_magnitude(ax, grid, value, _of("standard deviation", name))
     return one_or_all(axes)
-
-
-def slices(
-    solution: Any,
-    domain: Any,
-    at: Sequence[ArrayLike],
-    *,
-    axis: int = 0,
-    exact: Callable | Mapping[str, Callable] | None = None,
-    unknown: str | None = None,
-    fix: Mapping[int, ArrayLike] | None = None,
-    bars: float | None = None,
-    names: Sequence[str] | None = None,
-    resolution: int | None = None,
-    ax: Any = None,
-) -> Any:
-    """Draws lines through a solution, such as $u(t_i, x)$ at several times.
-
-    **Arguments:**
-
-    - `solution`, `domain`: As for [`eqx_bilevel.plot.solution`][].
-    - `at`: The values of one coordinate, one for each line.
-
-    The remaining arguments are keyword-only.
-
-    - `axis`: Which coordinate that is. Default: the first.
-    - `exact`: As for [`eqx_bilevel.plot.error`][]. Drawn as dashed lines.
-    - `unknown`, `fix`, `bars`, `names`, `resolution`, `ax`: As for
-        [`eqx_bilevel.plot.solution`][].
-
-    **Returns:**
-
-    The `Axes`, or a NumPy array of them if there are several panels.
-
-    **Raises:**
-
-    A `ValueError` for wrong arguments.
-    """
-    check_unknown(solution, unknown)
-    fix = {} if fix is None else fix
-    lower, _ = bounding_box(domain)
-    if axis not in range(len(lower)) or axis in fix:
-        raise ValueError(
-            f"`axis` must be one of the {len(lower)} coordinates, from 0, that `fix` "
-            f"does not hold, got {axis}."
-        )
-    held = [{**fix, axis: place} for place in np.ravel(np.asarray(at))]
-    if len(held) == 0:
-        raise ValueError("`at` must be one value or more, one for each line.")
-    grids = [make_grid(domain, f, names, resolution, most_axes=1) for f in held]
-    lines = [_line(solution, exact, grid, unknown, bars) for grid in grids]
-    found = list(lines[0].values)
-    axes = panels(len(found), ax, _EACH)
-    variable = mathematical(grids[0].names[axis])
-    labels = [f"{variable} = {f[axis]:g}" for f in held]
-    for panel, name in zip(axes, found):
-        _draw_slices(panel, name, grids, lines, labels)
-        legend(panel)
-    return one_or_all(axes)
-
-
-class _Line(NamedTuple):
-    values: Values
-    half: Values
-    exact: Values
-
-
-def _line(solution, exact, grid: Grid, unknown, bars) -> _Line:
-    values = choose(values_of(solution, grid.points, "solution"), unknown)
-    half = _half_widths(solution, bars, grid.points)
-    if exact is None:
-        return _Line(values, half, {})
-    found = pairs(values, values_of(exact, grid.points, "exact"), unknown)
-    return _Line(values, half, {name: truth for name, _, truth in found})
-
-
-def _draw_slices(ax, name: str, grids, lines, labels) -> None:
-    colours = pyplot().get_cmap(VALUES)(np.linspace(0.38, 0.78, len(lines)))
-    dashed = dict(color=GREY, linestyle=(0, (4, 3)), linewidth=1.2)
-    for grid, line, label, colour in zip(grids, lines, labels, colours):
-        value = line.values[name]
-        ax.plot(grid.ticks[0], grid.masked(value), color=colour, label=label)
-        if name in line.half:
-            _band(ax, grid, value, line.half[name])
-    for grid, line in zip(grids, lines):
-        if name in line.exact:
-            text = "exact" if line is lines[-1] else None
-            ax.plot(grid.ticks[0], grid.masked(line.exact[name]), label=text, **dashed)
-    label_line(ax, grids[0], mathematical(name))

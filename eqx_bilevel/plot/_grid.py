@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._points import Box
-
 
 class Grid(NamedTuple):
     axes: tuple[int, ...]  # which coordinates vary
@@ -27,16 +25,16 @@ class Grid(NamedTuple):
 
 
 def bounding_box(domain: Any) -> tuple[np.ndarray, np.ndarray]:
-    bounds = getattr(domain, "bounds", domain)
-    bounds = bounds() if callable(bounds) else bounds
-    if hasattr(bounds, "lower") and hasattr(bounds, "upper"):
-        bounds = bounds.lower, bounds.upper
-    if not isinstance(bounds, tuple | list) or not hasattr(domain, "contains"):
+    bounds = getattr(domain, "bounds", None)
+    if bounds is None and hasattr(domain, "lower") and hasattr(domain, "upper"):
+        bounds = domain.lower, domain.upper
+    if bounds is None or not hasattr(domain, "contains"):
         raise ValueError(
             "`domain` must be an `eqx_bilevel.Box` or another domain with `bounds` and "
             f"`contains`, got a {type(domain).__name__}."
         )
-    lower, upper = (np.atleast_1d(np.asarray(x)) for x in bounds)
+    # Floating-point numbers, of a dtype that JAX has.
+    lower, upper = (np.atleast_1d(np.asarray(1.0 * jnp.asarray(x))) for x in bounds)
     return lower, upper
 
 
@@ -98,25 +96,22 @@ def make_grid(
     fixed = _checked_fix(fix, dim)
     axes = tuple(i for i in range(dim) if i not in fixed)
     _check_free(axes, most_axes, lower, upper)
-    # A rim that is not straight needs more.
-    default = defaults[len(axes) - 1] * (1 if isinstance(domain, Box) else 2)
-    num = _checked_resolution(resolution, default)
-    ticks = tuple(np.linspace(lower[i], upper[i], num) for i in axes)
-    lattice = np.meshgrid(*ticks, indexing="ij")
-    columns = [
-        np.full(num ** len(axes), fixed[i])
-        if i in fixed
-        else lattice[axes.index(i)].ravel()
-        for i in range(dim)
-    ]
-    points = jnp.asarray(np.stack(columns, axis=1), lower.dtype)
-    # Rounding may put the last points of a box outside of it.
-    if isinstance(domain, Box):
-        inside = np.all([lower[i] <= fixed[i] <= upper[i] for i in fixed])
-        outside = np.full(len(points), not inside)
-    else:
-        outside = ~np.asarray(domain.contains(points), bool)
+    num = _checked_resolution(resolution, defaults[len(axes) - 1])
+    all_names = coordinate_names(names, len(lower))
+    ticks, points, outside = _lattice(domain, lower, upper, fixed, num)
+    if resolution is None and np.any(outside):  # A rim that is not straight needs more.
+        ticks, points, outside = _lattice(domain, lower, upper, fixed, 2 * num)
     if np.all(outside):
         held = f" with fix={fixed}" if fixed else ""
         raise ValueError(f"No point of the plot{held} is in `domain`.")
-    return Grid(axes, ticks, coordinate_names(names, dim), points, outside)
+    return Grid(axes, ticks, all_names, points, outside)
+
+
+def _lattice(domain, lower, upper, fixed: dict[int, float], num: int):
+    axes = [i for i in range(len(lower)) if i not in fixed]
+    ticks = tuple(np.linspace(lower[i], upper[i], num) for i in axes)
+    columns = dict(zip(axes, np.meshgrid(*ticks, indexing="ij")))
+    columns |= {i: np.full(columns[axes[0]].shape, x) for i, x in fixed.items()}
+    ravelled = [columns[i].ravel() for i in range(len(lower))]
+    points = jnp.asarray(np.stack(ravelled, axis=1), lower.dtype)
+    return ticks, points, ~np.asarray(domain.contains(points), bool)

@@ -74,13 +74,16 @@ def points(
         return ax
     first, second = _checked_axes(axes, dim)
     (ax,) = panels(1, ax, "for all points")
+    # Of a colour map they stand out by their edges.
+    edges = dict(_DOTS, mew=0.7, mec="white", ms=4.5) if ax.images else _DOTS
     for condition, label in zip(conditions, labels):
         found = np.asarray(condition.points)
-        style = dict(label=label, clip_on=False, **_DOTS)
+        style = dict(edges, label=label, clip_on=False)
         ax.plot(found[:, first], found[:, second], **style)
     _label(ax, [coordinates[first], coordinates[second]])
     ax.grid(False)
-    legend(ax, loc="upper left", bbox_to_anchor=(1, 1))
+    above = dict(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(4, len(labels)))
+    legend(ax, columnspacing=1.2, handletextpad=0.1, **above)
     return ax
 
 
@@ -99,7 +102,7 @@ def _label(ax: Any, coordinates: list[str]) -> None:
             axis.set_label_text(label)
 
 
-_DOTS = dict(linestyle="none", marker="o", markersize=3.5, markeredgewidth=0)
+_DOTS = dict(ls="none", marker="o", ms=3.5, mew=0)
 
 
 def _checked_axes(axes: tuple[int, int], dim: int) -> tuple[int, int]:
@@ -183,7 +186,8 @@ def _fields(
     # Of an unwrapped kernel which is given `to(x)` in the place of a point x, and for
     # which a length is `scale` times what it is there.
     if isinstance(kernel, Gibbs):
-        yield _Field(lambda x: scale * jnp.asarray(kernel.lengthscale(to(x))), dims)
+        length: Any = kernel.lengthscale
+        yield _Field(lambda x: scale * jnp.asarray(length(to(x))), dims)
     elif isinstance(kernel, Sum | Product):
         for each in kernel.kernels:
             yield from _fields(each, to, dims, scale)
@@ -200,7 +204,8 @@ def _fields(
         scale = scale[kept] if np.ndim(scale) == 1 else scale
         yield from _fields(kernel.kernel, lambda x: to(x)[kept], dims, scale)
     elif isinstance(kernel, Warped):
-        yield from _fields(kernel.kernel, lambda x: kernel.warp(to(x)), None)
+        warp: Any = kernel.warp
+        yield from _fields(kernel.kernel, lambda x: warp(to(x)), None)
 
 
 def _components(

@@ -110,8 +110,11 @@ def one_or_all(axes: Sequence[Any]) -> Any:
 
 
 def colour_bar(image: Any, ax: Any, label: str) -> None:
-    # In the colours of the axes, which may be someone else's.
-    bar = ax.figure.colorbar(image, ax=ax)
+    # As high as the axes, if there is a layout that makes room for it; and in their
+    # colours, which may be someone else's.
+    laid_out = ax.figure.get_layout_engine() is not None
+    inset = ax.inset_axes([1.04, 0, 0.05, 1]) if laid_out else None
+    bar = ax.figure.colorbar(image, cax=inset, ax=None if laid_out else ax)
     colour = ax.xaxis.label.get_color()
     bar.set_label(label, color=colour)
     bar.ax.tick_params(which="both", color=colour, labelcolor=colour)
