@@ -117,10 +117,10 @@ _ = left.legend(frameon=False, labelcolor="#7f7f7f")
 # The seconds are counted from the end of the first step, and so do not include
 # compiling.
 #
-# The first two end in the same place, and Adam is on its way there. Close to the minimum
-# residuals are small and the Gauss-Newton matrix is nearly that of second derivatives:
-# steps then gain digits. BFGS has to learn the matrix first, step by step; Adam never
-# does.
+# The first two end in the same place, and Adam is on its way there. Close to the
+# minimum residuals are small and the Gauss-Newton matrix is nearly that of second
+# derivatives: steps then gain digits. BFGS has to learn the matrix first, step by step;
+# Adam never does.
 # What is found differs from the true coefficients by what the noise allows: stiffness
 # and hardening, which both pull back, are hard to tell apart.
 #

@@ -87,12 +87,12 @@ exact = 2 * jnp.log(jnp.cosh(theta) / jnp.cosh(theta * (1 - 2 * grid[:, 0])))
 
 lengthscales = jnp.array([0.01, 0.03, 0.1, 0.3, 1.0, 10.0, 100.0])
 results, stats, left, found = diagnose(jnp.full(7, 2.0), lengthscales)
-errors = jnp.abs(found - exact).max(axis=1)
+errors = jnp.abs(found - exact[None, :]).max(axis=1)
 solved = results == eb.RESULTS.successful
 print(f"all successful: {jnp.all(solved)}")
 print("lengthscale     error   residual between   at points     norm")
-columns = lengthscales, errors, left, stats["residual_norm"], stats["rkhs_norm"]
-for row in zip(*columns):
+at_points, norms = stats["residual_norm"], stats["rkhs_norm"]
+for row in zip(lengthscales, errors, left, at_points, norms):
     print("{:11.2f} {:9.1e} {:18.1e} {:11.1e} {:8.1e}".format(*row))
 
 # %% [markdown]
@@ -208,7 +208,8 @@ _ = left_axes.legend(frameon=False, labelcolor="#7f7f7f")
 # variance, end anywhere with it.
 
 # %%
-times = jnp.linspace(0.0, 2.0, 15)[:, None]
+span = eb.Box(0.0, 2.0)
+times = span.grid(15)
 errors_of_data = 0.05 * np.random.default_rng(0).normal(size=15)
 data = jnp.exp(-1.5 * times[:, 0]) + errors_of_data
 
@@ -218,11 +219,10 @@ def decay(u, x):
 
 
 def prior_and_conditions(variance, noise):
-    points = eb.Box(0.0, 2.0).interior(20, method="grid")
     prior = eb.GaussianProcess(eb.Scaled(eb.Gaussian(0.5), variance))
     return prior, [
-        eb.Condition(decay, points, name="decay"),
-        eb.Condition(value, [[0.0]], 1.0, name="start"),
+        eb.Condition(decay, span.interior(20, method="grid"), name="decay"),
+        eb.Condition(value, span.face(0, "lower", 1), 1.0, name="start"),
         eb.Condition(value, times, data, noise=eb.Positive(noise), name="data"),
     ]
 
