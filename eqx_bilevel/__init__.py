@@ -11,6 +11,17 @@ from ._evidence import (
     NegativeLogPredictive as NegativeLogPredictive,
 )
 from ._gauss_newton import GaussNewton as GaussNewton
+from ._geometry import (
+    AbstractCombination as AbstractCombination,
+    AbstractDomain as AbstractDomain,
+    Ball as Ball,
+    Box as Box,
+    Difference as Difference,
+    Intersection as Intersection,
+    PointCloud as PointCloud,
+    Polygon as Polygon,
+    Union as Union,
+)
 from ._hyperprior import NegativeLogHyperprior as NegativeLogHyperprior
 from ._jets import Jet as Jet
 from ._kernels import (
@@ -50,7 +61,6 @@ from ._parameters import (
     with_value as with_value,
 )
 from ._placement import farthest_points as farthest_points
-from ._points import AbstractDomain as AbstractDomain, Box as Box
 from ._quasi_newton import BoundedBFGS as BoundedBFGS
 from ._results import RESULTS as RESULTS
 from ._solution import Solution as Solution
