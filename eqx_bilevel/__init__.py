@@ -60,7 +60,10 @@ from ._parameters import (
     unwrap as unwrap,
     with_value as with_value,
 )
-from ._placement import farthest_points as farthest_points
+from ._placement import (
+    adaptive_points as adaptive_points,
+    farthest_points as farthest_points,
+)
 from ._quasi_newton import BoundedBFGS as BoundedBFGS
 from ._results import RESULTS as RESULTS
 from ._solution import Solution as Solution

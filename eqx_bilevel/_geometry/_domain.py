@@ -137,17 +137,23 @@ class AbstractDomain(eqx.Module):
         """
         return _normal(self, as_batch(self, x))
 
-    def __or__(self, other: "AbstractDomain") -> "AbstractDomain":
+    def __or__(self, other: Any) -> "AbstractDomain":
+        if not isinstance(other, AbstractDomain):
+            return NotImplemented
         from ._combination import Union  # It imports this file.
 
         return Union(self, other)
 
-    def __and__(self, other: "AbstractDomain") -> "AbstractDomain":
+    def __and__(self, other: Any) -> "AbstractDomain":
+        if not isinstance(other, AbstractDomain):
+            return NotImplemented
         from ._combination import Intersection
 
         return Intersection(self, other)
 
-    def __sub__(self, other: "AbstractDomain") -> "AbstractDomain":
+    def __sub__(self, other: Any) -> "AbstractDomain":
+        if not isinstance(other, AbstractDomain):
+            return NotImplemented
         from ._combination import Difference
 
         return Difference(self, other)
@@ -222,9 +228,9 @@ def interior_by_rejection(
             (inside,) = np.nonzero(np.asarray(_strictly_inside(domain, points)))
             if len(inside) >= n:
                 return points[inside[:n]]
-            tried *= 2
+            tried *= 4
     raise ValueError(
-        f"Of {tried // 2} points of its bounding box, only {len(inside)} lie inside "
+        f"Of {tried // 4} points of its bounding box, only {len(inside)} lie inside "
         f"the `{type(domain).__name__}`, and {n} were asked for. Is it empty, or much "
         "smaller than the box?"
     )

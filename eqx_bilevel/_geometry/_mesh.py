@@ -21,7 +21,6 @@ def read_mesh(
     mesh = meshio.read(path)
     points, kinds = np.asarray(mesh.points, float), {c.type for c in mesh.cells}
     kind = "tetra" if "tetra" in kinds else "triangle"
-    flat = points.shape[1] == 2 or np.all(points[:, 2] == points[0, 2])
     # Cells of fewer dimensions are those of the boundary, or of the lines of a drawing.
     ignored = {"vertex", "line", "triangle"}
     if kind not in kinds or not kinds <= ignored | {kind}:
@@ -29,15 +28,15 @@ def read_mesh(
             f"Only meshes of triangles or of tetrahedra can be read, and {path} has "
             f"cells of the kinds {sorted(kinds)}."
         )
-    if kind == "triangle" and not flat:
+    cells = np.concatenate([np.asarray(c.data) for c in mesh.cells if c.type == kind])
+    used, cells = np.unique(cells, return_inverse=True)
+    points, dim = points[used], 2 if kind == "triangle" else 3
+    if np.any(points[:, dim:] != points[:1, dim:]):
         raise ValueError(
             f"The mesh {path} is a surface in space, of triangles only: it has no "
             "inside. Fill it with tetrahedra first."
         )
-    cells = np.concatenate([np.asarray(c.data) for c in mesh.cells if c.type == kind])
-    used, cells = np.unique(cells, return_inverse=True)
-    dim = 2 if kind == "triangle" else 3
-    return points[used, :dim], cells.reshape(-1, dim + 1)
+    return points[:, :dim], cells.reshape(-1, dim + 1)
 
 
 # Which vertices are on the boundary, and outward vectors there: the sum of those of the

@@ -56,8 +56,8 @@ def boundary_of_parts(
         drawn.append(piece.points(count, key=own, method=method))
     ends = np.cumsum([len(x) for x in drawn])
     owner = np.repeat([piece.shape for piece in pieces], [len(x) for x in drawn])
-    on = np.asarray(_on_boundary(domain, shapes, jnp.concatenate(drawn), owner))
-    on = np.split(on, ends[:-1])
+    x, owner = jnp.concatenate(drawn), jnp.asarray(owner)
+    on = np.split(np.asarray(_on_boundary(domain, shapes, x, owner)), ends[:-1])
     found = [x[np.flatnonzero(k)] for x, k in zip(drawn, on, strict=True)]
     shares = [piece.measure * np.mean(k) for piece, k in zip(pieces, on, strict=True)]
     return found, float(sum(shares))
@@ -70,7 +70,7 @@ def _on_boundary(
     domain: AbstractDomain,
     shapes: Sequence[AbstractDomain],
     x: Float[Array, "n d"],
-    owner: Int[np.ndarray, " n"],
+    owner: Int[Array, " n"],
 ) -> Bool[Array, " n"]:
     normals = jnp.stack([shape.normal(x) for shape in shapes])
     lower, upper = domain.bounds
