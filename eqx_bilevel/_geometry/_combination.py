@@ -103,7 +103,7 @@ class AbstractCombination(AbstractDomain):
         check_method(method, SEQUENCES)
         n = as_count(n)
         check_concrete(self, key)
-        tried = max(64, 2 * n)
+        tried, total = max(64, 2 * n), 0
         with jax.ensure_compile_time_eval():
             while tried <= max(_MAX_TRIED, 64 * n):
                 found, _ = boundary_of_parts(self, _shapes(self), tried, key, method)

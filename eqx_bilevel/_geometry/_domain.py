@@ -220,7 +220,7 @@ def interior_by_rejection(
     check_method(method, SEQUENCES)
     n = as_count(n)
     check_concrete(domain, key)
-    tried = max(64, 1 << n.bit_length())
+    tried, inside = max(64, 1 << n.bit_length()), np.zeros(0)
     with jax.ensure_compile_time_eval():
         while tried <= max(_MAX_TRIED, 64 * n):
             unit = unit_points(tried, domain.dim, key, method, 0)

@@ -21,13 +21,12 @@ def corners(
             "`lower` and `upper` must have one number for each dimension, got shapes "
             f"{low.shape} and {up.shape}."
         )
-    numbers = numbers_of(lower), numbers_of(upper)
-    if numbers[0] is not None and numbers[1] is not None:
-        if not np.all((numbers[0] < numbers[1]) & np.isfinite(numbers).all()):
+    a, b = numbers_of(lower), numbers_of(upper)
+    if a is not None and b is not None:
+        if not np.all((a < b) & np.isfinite(a) & np.isfinite(b)):
             raise ValueError(
                 "`lower` must be less than `upper` in every dimension, and both must "
-                f"be finite, got lower={numbers[0].tolist()} and "
-                f"upper={numbers[1].tolist()}."
+                f"be finite, got lower={a.tolist()} and upper={b.tolist()}."
             )
     return low, up
 
