@@ -101,6 +101,11 @@ def adaptive_points(
     density of old and new points together tends to be proportional to $\rho$, as with
     the random points of [arXiv:2207.10289](https://arxiv.org/abs/2207.10289).
 
+    The kernel must be one for which the points that there are suffice elsewhere, such
+    as a [`eqx_bilevel.Matern`][] kernel. With a lengthscale that is everywhere as short
+    as a steep front is wide, points are missing everywhere, and those at the front help
+    no more than others.
+
     !!! example
 
         ```python
