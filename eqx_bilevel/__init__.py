@@ -12,6 +12,17 @@ from ._evidence import (
     NegativeLogPredictive as NegativeLogPredictive,
 )
 from ._gauss_newton import GaussNewton as GaussNewton
+from ._geometry import (
+    AbstractCombination as AbstractCombination,
+    AbstractDomain as AbstractDomain,
+    Ball as Ball,
+    Box as Box,
+    Difference as Difference,
+    Intersection as Intersection,
+    PointCloud as PointCloud,
+    Polygon as Polygon,
+    Union as Union,
+)
 from ._gpjax import from_gpjax as from_gpjax
 from ._hyperprior import NegativeLogHyperprior as NegativeLogHyperprior
 from ._jets import Jet as Jet
@@ -51,8 +62,10 @@ from ._parameters import (
     unwrap as unwrap,
     with_value as with_value,
 )
-from ._placement import farthest_points as farthest_points
-from ._points import AbstractDomain as AbstractDomain, Box as Box
+from ._placement import (
+    adaptive_points as adaptive_points,
+    farthest_points as farthest_points,
+)
 from ._progress import Progress as Progress
 from ._quasi_newton import BoundedBFGS as BoundedBFGS
 from ._results import RESULTS as RESULTS

@@ -1,15 +1,22 @@
-"""Points where a kernel needs them."""
+"""Points where a kernel, or a solution, needs them."""
 
 from functools import partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from ._condition import as_points
+from ._geometry import AbstractDomain
 from ._kernels import AbstractKernel
 from ._parameters import unwrap
+from ._problem import find_condition
+from ._solution import Solution
+from ._validation import ValidationResidual
+
+
+_CRITERIA = ("residual", "std")
 
 
 def farthest_points(
@@ -44,13 +51,17 @@ def farthest_points(
 
     A `ValueError` if there are fewer candidates than that.
     """
+    return _farthest_points(_enough(candidates, n), kernel, n)
+
+
+def _enough(candidates, n: int) -> Float[Array, "m d"]:
     candidates = as_points(candidates)
     if not 1 <= n <= len(candidates):
         raise ValueError(
             f"`n` must be between 1 and the number of candidates, which is "
             f"{len(candidates)}, got {n}."
         )
-    return _farthest_points(candidates, kernel, n)
+    return candidates
 
 
 @eqx.filter_jit
@@ -67,5 +78,96 @@ def _farthest_points(candidates, kernel, n: int):
         return distance, i
 
     start = jnp.full(len(candidates), jnp.inf, candidates.dtype)
+    _, chosen = jax.lax.scan(choose, start, length=n)
+    return candidates[chosen]
+
+
+def adaptive_points(
+    solution: Solution,
+    candidates: Float[ArrayLike, "m d"] | AbstractDomain,
+    n: int,
+    condition: str | None = None,
+    *,
+    criterion: str = "residual",
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "n d"]:
+    r"""Chooses points to be added to a condition: where the solution does not satisfy
+    it, or does not know, and apart from each other and from the points that it has.
+
+    One after the other, it is the candidate with the largest
+    $\rho(x)^{1/d} \, \operatorname{dist}(x)$. Here $\operatorname{dist}$ is the
+    distance to the nearest point so far, old or new, in coordinates that are scaled to
+    the extent of the candidates, and $\rho$ is the criterion plus its mean. So the
+    density of old and new points together tends to be proportional to $\rho$, as with
+    the random points of [arXiv:2207.10289](https://arxiv.org/abs/2207.10289).
+
+    The kernel must be one for which the points that there are suffice elsewhere, such
+    as a [`eqx_bilevel.Matern`][] kernel. With a lengthscale that is everywhere as short
+    as a steep front is wide, points are missing everywhere, and those at the front help
+    no more than others.
+
+    !!! example
+
+        ```python
+        points = eb.adaptive_points(solution, domain, 100, "pde", key=key)
+        equation = eb.Condition(operator, jnp.concatenate([inside, points]), name="pde")
+        ```
+
+    **Arguments:**
+
+    - `solution`: An [`eqx_bilevel.Solution`][].
+    - `candidates`: Points to choose from, of shape `(m, d)`; or a domain, and then they
+        are `20 n` points inside it.
+    - `n`: How many to choose.
+    - `condition`: The name of the condition. Default: the first one.
+
+    The remaining arguments are keyword-only.
+
+    - `criterion`: `"residual"` for the absolute value of operator minus target, the
+        latter being a number or a function; `"std"` for the posterior standard
+        deviation of the operator, which must then return one number.
+    - `key`: A `jax.random.key`, needed for the points inside a domain.
+
+    **Returns:**
+
+    An array of shape `(n, d)`.
+
+    **Raises:**
+
+    A `ValueError` if there are fewer candidates than that, or no such condition, or if
+    the condition is about averages or has targets at its own points only.
+    """
+    if criterion not in _CRITERIA:
+        raise ValueError(f"`criterion` must be 'residual' or 'std', got {criterion!r}.")
+    if isinstance(candidates, AbstractDomain):
+        candidates = candidates.interior(20 * n, key=key)
+    candidates = _enough(candidates, n)
+    found, _ = find_condition(solution.conditions, condition)
+    if criterion == "std":
+        size = solution.std(candidates, found.operator)
+    else:
+        objective = ValidationResidual(candidates, condition, misfit_weight=0)
+        residuals = objective.residuals(solution).reshape(len(candidates), -1)
+        size = jnp.linalg.norm(residuals, axis=1)
+    return _spread(candidates, found.points, size, n)
+
+
+@partial(jax.jit, static_argnums=3)
+def _spread(candidates, points, size, n: int):
+    # If it is nothing anywhere, or after a failure, points are spread evenly.
+    mean = jnp.mean(size)
+    relative = jnp.where(mean > 0, size / jnp.where(mean > 0, mean, 1), 0)
+    density = (relative + 1) ** (1 / candidates.shape[1])
+    scale = jnp.max(candidates, axis=0) - jnp.min(candidates, axis=0)
+    scale = jnp.where(scale > 0, scale, 1)
+    apart = lambda x: jnp.linalg.norm((candidates - x[None]) / scale[None], axis=1)
+
+    def choose(distance, _):
+        i = jnp.argmax(density * distance)
+        return jnp.minimum(distance, apart(candidates[i])).at[i].set(-1), i
+
+    nearest = lambda distance, x: (jnp.minimum(distance, apart(x)), None)
+    start = jnp.full(len(candidates), jnp.inf, candidates.dtype)
+    start, _ = jax.lax.scan(nearest, start, points)
     _, chosen = jax.lax.scan(choose, start, length=n)
     return candidates[chosen]

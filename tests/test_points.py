@@ -7,7 +7,8 @@ import jax.random as jr
 import numpy as np
 import pytest
 import scipy.stats.qmc as qmc
-from eqx_bilevel._points import _unit_points, AbstractDomain, Box
+from eqx_bilevel import AbstractDomain, Box
+from eqx_bilevel._geometry._sampling import unit_points
 
 
 _QMC = ("sobol", "halton")
@@ -30,9 +31,9 @@ def test_geometry():
     assert box.dim == 2
     assert box.size.tolist() == [2.0, 2.0]
     assert box.volume == 4.0
-    assert box.normal(0, "lower").tolist() == [-1.0, 0.0]
-    assert box.normal(1, "upper").tolist() == [0.0, 1.0]
-    assert box.lower.dtype == box.upper.dtype == box.normal(0, "upper").dtype
+    assert box.face_normal(0, "lower").tolist() == [-1.0, 0.0]
+    assert box.face_normal(1, "upper").tolist() == [0.0, 1.0]
+    assert box.lower.dtype == box.upper.dtype == box.face_normal(0, "upper").dtype
     interval = Box(0.0, 1.0)
     assert interval.dim == 1 and interval.lower.shape == (1,)
 
@@ -90,7 +91,7 @@ def test_keys(method, getkey):
 def test_sobol_is_scipys(getkey):
     # In particular the first points do not depend on the power of two behind them.
     key = getkey()
-    unit = _unit_points(37, 2, key, "sobol", 0)
+    unit = unit_points(37, 2, key, "sobol", 0)
     rng = np.random.default_rng([*np.asarray(jr.key_data(key)).tolist(), 0])
     with pytest.warns(UserWarning, match="power of 2"):
         expected = qmc.Sobol(2, scramble=True, rng=rng).random(37)
@@ -151,7 +152,7 @@ def test_each_face_is_covered(method, getkey):
 
 def test_dealing_out_one_sequence_would_fail(getkey):
     # The mistake that the test above must be able to find.
-    unit = np.asarray(_unit_points(128, 1, getkey(), "sobol", 0))[:, 0]
+    unit = np.asarray(unit_points(128, 1, getkey(), "sobol", 0))[:, 0]
     along = np.sort(unit[0::4])
     assert np.max(np.diff(along, prepend=0, append=1)) > 0.5
 
@@ -311,6 +312,6 @@ def test_wrong_arguments(getkey):
         with pytest.raises(ValueError, match="`axis` must be at least 0 and less than"):
             box.face(axis, "lower", 10, key=key)
         with pytest.raises(ValueError, match="`axis`"):
-            box.normal(axis, "lower")
+            box.face_normal(axis, "lower")
     with pytest.raises(ValueError, match="`side` must be 'lower' or 'upper', got 'up'"):
         box.face(0, "up", 10, key=key)

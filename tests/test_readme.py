@@ -37,5 +37,7 @@ def test_examples_of_the_documentation():
     at = names["times"][3]
     assert names["posterior"].std(at) > names["learned"].solution.std(at)
     assert abs(names["solution"](names["times"][7]) - np.exp(-1.5)) < 2e-3
+    error = names["error"]
+    assert error(names["adapted"]) < min(0.02, 0.3 * error(names["current"]))
     assert abs(names["peaks"][0] - 1.25) < 1e-4  # 5 x (1 - x)
     assert np.all(np.diff(names["peaks"]) < 0)
