@@ -209,6 +209,27 @@ def test_trouble(capsys):
     np.testing.assert_allclose(left["squares"], squares, rtol=1e-2)
 
 
+def test_saving(capsys):
+    left = _run("saving.py")
+    # It stopped when told to.
+    assert left["log"][-1][2] < 0.003 <= left["log"][-2][2]
+    assert len(left["learned"].history["best"]) == len(left["log"]) < 60
+    assert capsys.readouterr().out.count("the same: True") == 2
+    assert len(left["rows"]) == 20
+    # The exact solution, in other words.
+    x = np.linspace(0, 1, 41)
+    truth = scipy.integrate.solve_bvp(
+        lambda x, y: np.stack([y[1], (y[1] - 1) / 0.015]),
+        lambda a, b: np.array([a[0], b[0]]),
+        np.linspace(0, 1, 400),
+        np.zeros((2, 400)),
+        tol=1e-8,
+    ).sol(x)[0]
+    error = lambda solution: np.max(np.abs(solution(x[:, None]) - truth))
+    assert error(left["narrower"].solution) < 0.01
+    assert error(left["narrower"].solution) < error(left["as_it_is"])
+
+
 def test_elliptic(tmp_path, capsys):
     main = runpy.run_path(str(tutorials / "elliptic.py"))["main"]
     picture = tmp_path / "elliptic.png"
