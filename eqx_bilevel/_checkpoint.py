@@ -22,7 +22,7 @@ def fingerprint(arguments: PyTree) -> str:
         if isinstance(leaf, str):
             digest.update(leaf.encode())
         elif eqx.is_array_like(leaf):
-            is_key = jax.dtypes.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+            is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
             array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
             digest.update(f"{array.shape}{array.dtype}".encode())
             digest.update(array.tobytes())

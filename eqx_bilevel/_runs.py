@@ -85,7 +85,7 @@ class _OptaxRun(eqx.Module):
         step = _attempt(optax_step, *args)
         batch = np.nan if step is None else float(step.value)
         accepted = step is not None and bool(step.ok)
-        if accepted:
+        if step is not None and accepted:
             run = dataclasses.replace(
                 self,
                 start=warm(outcome, outcome.jitter),

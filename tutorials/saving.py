@@ -68,8 +68,9 @@ def watch(progress):
     return progress.best < 0.003
 
 
-settings = dict(scale_search=False, steps=60)
-learned = eb.learn(make_prior(), conditions, objective, callback=watch, **settings)
+learned = eb.learn(
+    make_prior(), conditions, objective, scale_search=False, steps=60, callback=watch
+)
 print(f"{len(log)} steps, objective {learned.objective:.1e}")
 plot.learning(learned)
 

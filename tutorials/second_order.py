@@ -49,8 +49,8 @@ true = dict(damping=0.3, stiffness=2.0, hardening=1.5)
 def exact(times):
     c, k, beta = true.values()
     slopes = lambda t, y: [y[1], -c * y[1] - k * y[0] - beta * y[0] ** 3]
-    options = dict(t_eval=times, rtol=1e-10, atol=1e-10)
-    return solve_ivp(slopes, (0.0, 6.0), [1.5, 0.0], **options).y[0]
+    start, span = [1.5, 0.0], (0.0, 6.0)
+    return solve_ivp(slopes, span, start, t_eval=times, rtol=1e-10, atol=1e-10).y[0]
 
 
 span, noise = eb.Box(0.0, 6.0), 0.01

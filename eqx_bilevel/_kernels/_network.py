@@ -16,7 +16,7 @@ class LengthscaleNetwork(eqx.Module):
     """
 
     mlp: eqx.nn.MLP
-    scale: AbstractParameter = eqx.field(converter=positive_field("scale", 1))
+    scale: AbstractParameter
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class LengthscaleNetwork(eqx.Module):
         if out_size != "scalar" and not isinstance(scale, AbstractParameter):
             # As many as a search for the scale of each dimension finds.
             scale = jnp.broadcast_to(jnp.asarray(scale, float), (out_size,))
-        self.scale = scale
+        self.scale = positive_field("scale", 1)(scale)
         self.mlp = eqx.nn.MLP(
             in_size, out_size, width_size, depth, activation=jnp.tanh, key=key
         )
