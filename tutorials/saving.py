@@ -108,7 +108,7 @@ print("the same:", np.array_equal(resumed.history["best"], whole.history["best"]
 # %%
 with open(path, "rb") as file:
     rows = json.loads(file.readline())["rows"]
-len(rows), rows[-1]
+print(len(rows), "steps, the last of them", rows[-1])
 
 # %% [markdown]
 # ## Keeping what was learned
