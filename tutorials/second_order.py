@@ -9,14 +9,15 @@
 # $$ u'' + c \, u' + k \, u + \beta \, u^3 = 0 . $$
 
 # %%
+import diffrax
 import equinox as eqx
 import eqx_bilevel as eb
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import optimistix as optx
 from eqx_bilevel import plot
-from scipy.integrate import solve_ivp
 
 
 jax.config.update("jax_enable_x64", True)
@@ -25,7 +26,7 @@ jax.config.update("jax_enable_x64", True)
 # ## The problem
 #
 # An operator that is an Equinox module has parameters in its fields. The data are made
-# by SciPy, with errors of one percent.
+# by Diffrax, with errors of one percent.
 
 
 # %%
@@ -48,15 +49,27 @@ true = dict(damping=0.3, stiffness=2.0, hardening=1.5)
 
 def exact(times):
     c, k, beta = true.values()
-    slopes = lambda t, y: [y[1], -c * y[1] - k * y[0] - beta * y[0] ** 3]
-    start, span = [1.5, 0.0], (0.0, 6.0)
-    return solve_ivp(slopes, span, start, t_eval=times, rtol=1e-10, atol=1e-10).y[0]
+
+    def slopes(t, y, args):
+        u, velocity = y
+        return velocity, -c * velocity - k * u - beta * u**3
+
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(slopes),
+        diffrax.Dopri8(),
+        0.0,
+        6.0,
+        0.1,
+        (jnp.array(1.5), jnp.array(0.0)),
+        saveat=diffrax.SaveAt(ts=times),
+        stepsize_controller=diffrax.PIDController(rtol=1e-10, atol=1e-10),
+    ).ys[0]
 
 
 span, noise = eb.Box(0.0, 6.0), 0.01
 times = span.grid(41)
 errors = noise * np.random.default_rng(0).normal(size=41)
-data = exact(np.asarray(times[:, 0])) + errors
+data = exact(times[:, 0]) + errors
 
 # %% [markdown]
 # Four data in ten are held out. How well the others predict them is the objective, a
@@ -121,6 +134,7 @@ _ = left.legend(frameon=False, labelcolor="#7f7f7f")
 # minimum residuals are small and the Gauss-Newton matrix is nearly that of second
 # derivatives: steps then gain digits. BFGS has to learn the matrix first, step by step;
 # Adam never does.
+#
 # What is found differs from the true coefficients by what the noise allows: stiffness
 # and hardening, which both pull back, are hard to tell apart.
 #
