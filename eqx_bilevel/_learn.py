@@ -183,6 +183,12 @@ def learn(
         )
     if objective.batched and key is None:
         raise ValueError("`key` is needed, since the objective uses random batches.")
+    # Numbers that were given in Python have weak types, and results of steps have not:
+    # everything would be compiled twice.
+    dtype = conditions[0].points.dtype
+    is_weak = lambda x: eqx.is_inexact_array(x) and jax.typeof(x).weak_type
+    strong = lambda x: x.astype(dtype) if is_weak(x) else x
+    prior, conditions = jax.tree.map(strong, (prior, conditions))
     objective.check(conditions)
     objective = functions_as_pytrees(objective)
     task = Task(None, objective, solver, adjoint, jnp.asarray(max_inner_steps))

@@ -14,6 +14,12 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "is tried. Lengthscales may be far too long for the distance of the points, "
         "or the operators may return inf or nan where the solve starts."
     )
+    nonfinite_operator = (
+        "An operator or one of its derivatives is not finite (it is inf or nan) where "
+        "it is linearised for its nugget, which is at the prior's mean unless the "
+        "condition has a `reference`. Give it one, or write the operator such that it "
+        "is finite there: `sqrt(x + 1e-12)` instead of `sqrt(x)`, for example."
+    )
     no_scale = (
         "The prior variance of a condition's linearised operator is zero, so that "
         "there is nothing to which a nugget could be relative. Give the condition a "

@@ -201,12 +201,11 @@ def sanitised(prior, conditions) -> tuple[Problem, RESULTS]:
     known = all_finite(targets)
     cured = [cure(target) for target in targets]
     problem = eqx.tree_at(lambda p: [r.target for r in p.rows], problem, cured)
-    # Not a comparison with <=, which nan would pass.
-    least = noise_variances(problem, jnp.ones((), problem.dtype)).min()
-    no_scale = [jnp.invert(least > 0)]
+    variances = noise_variances(problem, jnp.ones((), problem.dtype))
     result = RESULTS.successful
     for faults, kind in (
-        (no_scale, RESULTS.no_scale),
+        ([variances.min() <= 0], RESULTS.no_scale),
+        ([~all_finite(variances)], RESULTS.nonfinite_operator),
         (repeated, RESULTS.duplicate_points),
         ([~(good & known)], RESULTS.nonfinite_data),
     ):

@@ -97,6 +97,7 @@ _results = [
     "nonlinear_max_steps_reached",
     "nonfinite_data",
     "singular_gram",
+    "nonfinite_operator",
     "no_scale",
     "duplicate_points",
 ]

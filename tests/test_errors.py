@@ -591,6 +591,16 @@ def test_no_scale():
     np.testing.assert_allclose(solution(grid), grid[:, 0], atol=1e-2)
 
 
+@pytest.mark.parametrize("power", [0.5, -1])  # The slope is infinite; the value too.
+def test_operator_that_is_not_finite_at_its_reference(power):
+    root = eb.Condition(lambda u, x: u.value**power - u.d(0), interior, name="root")
+    start = eb.Condition(_value, ends[:1], 1.0, nugget=1e-6)
+    solution = _solve(root, start, throw=False)
+    assert solution.result == eb.RESULTS.nonfinite_operator
+    with pytest.raises(eqx.EquinoxRuntimeError, match="An operator or one of its deri"):
+        _solve(root, start)
+
+
 def test_operator_that_is_not_finite_at_the_start():
     root = lambda u, x: jnp.sqrt(u.value) + u.d(0)
     # u = x^2 / 4 + x + 1 satisfies sqrt(u) + u' = x + 2.

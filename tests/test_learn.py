@@ -363,12 +363,12 @@ def test_compiles_once():
         traced.append(None)
         return -u.laplacian + u.value**3
 
-    def run(start, steps):
+    def run(start, steps, mean=None):
         pde = eb.Condition(operator, interior, _source, name="pde")
         conditions = [pde, eb.Condition(_value, ends, _exact)]
         before = len(traced)
         eb.learn(
-            _prior(start),
+            eb.GaussianProcess(eb.Gaussian(start), mean),
             conditions,
             eb.ValidationResidual(validation),
             steps=steps,
@@ -380,6 +380,8 @@ def test_compiles_once():
     # Later calls look at the operator once more, to check it, and compile nothing; nor
     # does a further step.
     assert run(0.7, 4) == run(0.2, 9) < first / 5
+    # A number has a weak type, which it has not after a step.
+    assert run(0.3, 4, 0.0) == first
 
 
 def test_starts_from_where_the_gradient_points_the_wrong_way():
