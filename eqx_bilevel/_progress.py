@@ -184,8 +184,9 @@ class Record:
         if self.verbose is True:
             print(_line(progress), flush=True)
         elif self._bar is not None:
-            self._bar.set_postfix_str(f"{progress.objective:.3e}, {progress.best:.3e}")
-            self._bar.update(progress.step and 1)
+            self._bar.set_description("Scale search" if lengths else "Learning")
+            self._bar.set_postfix_str(_values(progress))
+            self._bar.update(0 if lengths else 1)
         for callback in self.callbacks:
             self.stopped |= bool(callback(progress))
 
@@ -224,6 +225,15 @@ class Record:
             return after < before
         change = merit(self.objective, np.array([before, after]))
         return bool(change[0] - change[1] > rtol)
+
+
+def _values(progress: Progress) -> str:
+    # For a bar, which has the time left itself.
+    shown = f"objective {progress.objective:.1e}, best {progress.best:.1e}"
+    for place, value in progress.hyperparameters.items():
+        numbers = ", ".join(f"{number:.3g}" for number in np.ravel(value))
+        shown += f", {place.split('.')[-1]} {numbers}"
+    return shown
 
 
 def _line(progress: Progress) -> str:
