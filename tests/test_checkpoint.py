@@ -248,7 +248,7 @@ def test_names_of_hyperparameters():
     lengths = {k: v for k, v in named.items() if "lengthscale" in k}
     # Not that which is frozen; of the network what has few enough numbers.
     assert list(lengths)[0].startswith("v.kernel.") and list(lengths.values())[0] == 0.3
-    assert all(k.startswith("w.kernel.lengthscale.mlp") for k in list(lengths)[1:])
+    assert all(k.startswith("w.kernel.lengthscale.") for k in list(lengths)[1:])
 
 
 def test_lines_and_bar(capsys):

@@ -27,7 +27,7 @@ import sensitivity  # pyright: ignore[reportMissingImports]
 small = dict(
     elliptic=(dict(n=200), 1e-3),
     gray_scott_reuse=(dict(n=90), 0.5),
-    burgers=(dict(n=90, steps=(10, 3)), 0.5),
+    burgers=(dict(n=120, steps=(40, 10)), 0.5),
 )
 
 

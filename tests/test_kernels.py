@@ -798,7 +798,7 @@ MISTAKES = [
     (lambda: _network(2, 3), "`out_size`.*3.*2"),
     (
         lambda: LengthscaleNetwork(2, scale=0.0, key=jax.random.key(0)),
-        "`scale` must be positive",
+        "Wrong value for `scale`.*greater than zero",
     ),
 ]
 

@@ -22,19 +22,8 @@ box = eb.Box([0.0, -1.0], [2.0, 1.0])
 line = eb.Box(0.0, 1.0)
 
 
-class Disk(eb.AbstractDomain):
-    dim = 2
-    bounds = (np.array([-1.0, -2.0]), np.array([3.0, 2.0]))
-
-    def interior(self, n, *, key=None, method="sobol"):
-        raise NotImplementedError
-
-    def boundary(self, n, *, key=None, method="sobol"):
-        raise NotImplementedError
-
-    def contains(self, x):
-        x = jnp.asarray(x)
-        return (x[..., 0] - 1) ** 2 + x[..., 1] ** 2 <= 4
+def _disk():
+    return eb.Ball([1.0, 0.0], 2.0)
 
 
 def wave(x):
@@ -205,7 +194,7 @@ def test_derivatives_and_single_precision(one):
 
 
 def test_outside_is_blank():
-    ax = plot.solution(lambda x: jnp.sqrt(4 - (x[0] - 1) ** 2 - x[1] ** 2), Disk())
+    ax = plot.solution(lambda x: jnp.sqrt(4 - (x[0] - 1) ** 2 - x[1] ** 2), _disk())
     x, y = np.linspace(-1, 3, 200), np.linspace(-2, 2, 200)
     squares = 4 - (x[None, :] - 1) ** 2 - y[:, None] ** 2
     shown = image_of(ax).get_array()
@@ -215,7 +204,7 @@ def test_outside_is_blank():
     )
     assert ax.get_aspect() == 1  # A disk is round.
     # A chord.
-    ax = plot.solution(wave, Disk(), fix={1: 1.0}, resolution=41)
+    ax = plot.solution(wave, _disk(), fix={1: 1.0}, resolution=41)
     x = np.linspace(-1, 3, 41)
     drawn = ax.lines[0].get_ydata()
     np.testing.assert_array_equal(drawn.mask, np.abs(x - 1) > np.sqrt(3))
@@ -489,7 +478,7 @@ def test_wrong_use(two):
         ("`fix` holds all", lambda: plot.solution(wave, box, fix={0: 0.1, 1: 0.1})),
         ("`fix` must have integers", lambda: plot.solution(wave, box, fix={2: 0.1})),
         ("is in `domain`", lambda: plot.solution(wave, box, fix={0: 3.0})),
-        ("is in `domain`", lambda: plot.solution(wave, Disk(), fix={0: 3.5})),
+        ("is in `domain`", lambda: plot.solution(wave, _disk(), fix={0: 3.5})),
         ("`names` must be 2", lambda: plot.solution(wave, box, names=["t"])),
         ("`resolution` must", lambda: plot.solution(wave, box, resolution=1)),
         ("are for lines", lambda: plot.solution(two, box, bars=0.9)),
