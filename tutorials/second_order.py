@@ -54,7 +54,7 @@ def exact(times):
         u, velocity = y
         return velocity, -c * velocity - k * u - beta * u**3
 
-    return diffrax.diffeqsolve(
+    solution = diffrax.diffeqsolve(
         diffrax.ODETerm(slopes),
         diffrax.Dopri8(),
         0.0,
@@ -63,7 +63,9 @@ def exact(times):
         (jnp.array(1.5), jnp.array(0.0)),
         saveat=diffrax.SaveAt(ts=times),
         stepsize_controller=diffrax.PIDController(rtol=1e-10, atol=1e-10),
-    ).ys[0]
+    )
+    assert solution.ys is not None
+    return solution.ys[0]
 
 
 span, noise = eb.Box(0.0, 6.0), 0.01
