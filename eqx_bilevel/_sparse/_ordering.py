@@ -53,5 +53,5 @@ def neighbour_distances(
     tree: KDTree, points: Float[ndarray, "n d"], count: int
 ) -> Float[ndarray, " n"]:
     # To the nearest of so many points in the tree, or to all if there are fewer.
-    count = min(count, tree.n)
-    return tree.query(points, k=[count])[0][:, 0]
+    distances = tree.query(points, k=min(count, tree.n))[0]
+    return np.reshape(distances, (len(points), -1))[:, -1]
