@@ -212,6 +212,9 @@ def test_systems():
         error = np.max(np.abs(found[name] - values))
         assert error < 1e-3 and error < 3 * left["errors"][name][1]
         assert left["errors"][name][1] < 0.5 * left["errors"][name][0]
+    # The pressure does not depend on y.
+    along_x, along_y = eb.unwrap(left["learned"].prior)["p"].kernel.lengthscale
+    assert along_x < 1 and along_y > 3
 
 
 def test_own():

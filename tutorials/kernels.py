@@ -92,8 +92,9 @@ slope = jax.vmap(jax.jacfwd(warped.warp))(grid)[:, 0, 0]
 local = warped.kernel.lengthscale / jnp.abs(slope)
 
 figure, (left, right) = plot.subplots(1, 2)
-plot.solution(learned["warped"], line, ax=left)
-plot.points(conditions, ax=left)
+for found in learned.values():
+    plot.solution(found, line, ax=left)
+left.legend(list(learned), frameon=False, labelcolor="grey")
 right.semilogy(grid, local)
 right.set(xlabel="$x$", ylabel="local lengthscale")
 
