@@ -97,9 +97,9 @@ plot.solution(neural, domain, names=names, ax=left)
 plot.lengthscales(eb.unwrap(neural.prior).kernel, domain, names=names, ax=right)
 
 # %% [markdown]
-# Nobody told the network where the front is. It has made the lengthscale short there,
-# and long where the solution is almost straight. The objective says by how much that is
-# better before the error does, and needs no exact solution.
+# Nobody told the network where the front is. It has made the lengthscale short there
+# and longer elsewhere. That this is better than any single lengthscale, the objective
+# says without an exact solution.
 #
 # ## For your equation
 #

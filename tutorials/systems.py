@@ -101,13 +101,14 @@ plot.error(learned, exact, box, names=("x", "y"))
 
 # %% [markdown]
 # The velocities are known on the whole boundary, and the pressure at a single point:
-# everything else about it follows from the equations. Its kernel has to be right for
-# them to say so, and is what learning has improved most.
+# everything else about it follows from the equations. So its kernel matters most, and
+# learning has improved the pressure most. Its lengthscale along $y$ has become longer
+# than the box is wide: the pressure of this flow does not depend on $y$ at all.
 #
 # ## For your system
 #
 # - Any number of unknowns, and kernels of any kind: a pressure that is rougher than the
 #   velocities could have an `eb.Matern`.
-# - Only some of the unknowns need be in a condition, and only some of them measured: a
-#   velocity with a `noise` and no value of the pressure is an inverse problem.
+# - Data of one unknown say something about the others: with velocities that are
+#   measured inside (a condition with a `noise`), this finds the pressure as well.
 # - Each unknown has its error bar: `learned.solution.std(x)["p"]`.
