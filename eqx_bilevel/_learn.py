@@ -153,7 +153,8 @@ def learn(
     - `checkpoint`: The path of a file that is written as learning goes on, and at its
         end. If it exists then learning goes on from there, with the same numbers to the
         last bit as if it had never stopped, and possibly more `steps`; `prior` and
-        all else must be as they were.
+        all else must be as they were. (Numbers written inside functions are not
+        checked.)
     - `throw`: Whether to raise an error if nothing could be learned.
 
     **Returns:**
