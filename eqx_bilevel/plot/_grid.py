@@ -26,8 +26,6 @@ class Grid(NamedTuple):
 
 def bounding_box(domain: Any) -> tuple[np.ndarray, np.ndarray]:
     bounds = getattr(domain, "bounds", None)
-    if bounds is None and hasattr(domain, "lower") and hasattr(domain, "upper"):
-        bounds = domain.lower, domain.upper
     if bounds is None or not hasattr(domain, "contains"):
         raise ValueError(
             "`domain` must be an `eqx_bilevel.Box` or another domain with `bounds` and "
