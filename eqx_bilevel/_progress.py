@@ -70,10 +70,8 @@ def hyperparameters(prior: PyTree, conditions: Sequence[Condition]) -> dict:
     is_parameter = lambda x: isinstance(x, AbstractParameter)
     found = {}
     for name, tree, spec in pairs:
-        for path, leaf in jtu.tree_leaves_with_path(tree, is_leaf=is_parameter):
-            learned = spec
-            for key in path:
-                learned = _at(learned, key)
+        leaves, structure = jtu.tree_flatten_with_path(tree, is_leaf=is_parameter)
+        for (path, leaf), learned in zip(leaves, structure.flatten_up_to(spec)):
             if not any(jax.tree.leaves(learned)):
                 continue
             value = leaf.value if is_parameter(leaf) else leaf
@@ -81,12 +79,6 @@ def hyperparameters(prior: PyTree, conditions: Sequence[Condition]) -> dict:
                 place = jtu.keystr(path, simple=True, separator=".")
                 found[f"{name}.{place}".strip(".")] = np.asarray(value)
     return found
-
-
-def _at(tree: Any, key: Any) -> Any:
-    if isinstance(key, jtu.GetAttrKey):
-        return getattr(tree, key.name)
-    return tree[key.key if isinstance(key, jtu.DictKey) else key.idx]
 
 
 #
