@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from ._condition import as_points
-from ._geometry import AbstractDomain
+from ._geometry import AbstractDomain, farthest_first
 from ._kernels import AbstractKernel
 from ._parameters import unwrap
 from ._problem import find_condition
@@ -70,16 +70,12 @@ def _farthest_points(candidates, kernel, n: int):
     logarithm = lambda k: jnp.log(jnp.maximum(k, jnp.finfo(k.dtype).tiny))
     own = logarithm(jax.vmap(lambda x: kernel(x, x))(candidates))
 
-    def choose(distance, _):
-        i = jnp.argmax(distance)
+    def apart(i):
         common = logarithm(jax.vmap(partial(kernel, candidates[i]))(candidates))
-        new = 0.5 * (own + own[i]) - common
-        distance = jnp.minimum(distance, new).at[i].set(-jnp.inf)
-        return distance, i
+        return 0.5 * (own + own[i]) - common
 
     start = jnp.full(len(candidates), jnp.inf, candidates.dtype)
-    _, chosen = jax.lax.scan(choose, start, length=n)
-    return candidates[chosen]
+    return candidates[farthest_first(start, apart, n)]
 
 
 def adaptive_points(
@@ -161,13 +157,8 @@ def _spread(candidates, points, size, n: int):
     scale = jnp.max(candidates, axis=0) - jnp.min(candidates, axis=0)
     scale = jnp.where(scale > 0, scale, 1)
     apart = lambda x: jnp.linalg.norm((candidates - x[None]) / scale[None], axis=1)
-
-    def choose(distance, _):
-        i = jnp.argmax(density * distance)
-        return jnp.minimum(distance, apart(candidates[i])).at[i].set(-1), i
-
     nearest = lambda distance, x: (jnp.minimum(distance, apart(x)), None)
     start = jnp.full(len(candidates), jnp.inf, candidates.dtype)
     start, _ = jax.lax.scan(nearest, start, points)
-    _, chosen = jax.lax.scan(choose, start, length=n)
+    chosen = farthest_first(start, lambda i: apart(candidates[i]), n, density)
     return candidates[chosen]

@@ -9,7 +9,14 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from ._domain import AbstractDomain, at_each_point, length
 from ._mesh import boundary_vertices, read_mesh
-from ._sampling import as_count, as_floats, check_method, farthest, numbers_of
+from ._sampling import (
+    as_count,
+    as_floats,
+    check_method,
+    farthest,
+    numbers_of,
+    required_key,
+)
 
 
 _METHODS = ("farthest", "random")
@@ -208,9 +215,5 @@ def _some(points: Array, n: int | None, key, method: str) -> Float[Array, "n d"]
         raise ValueError(f"`n` must be at most {len(points)} here, got {n}.")
     if method == "farthest":
         return points[farthest(points, n)]
-    if key is None:
-        raise ValueError(
-            "`key` is needed for `method='random'`: pass for example "
-            "`key=jax.random.key(0)`."
-        )
+    key = required_key(key, method)
     return points[jr.permutation(key, len(points))[:n]]

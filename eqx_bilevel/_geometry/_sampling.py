@@ -2,6 +2,7 @@
 
 import functools as ft
 import operator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -27,6 +28,15 @@ def check_method(method: str, methods: tuple[str, ...]) -> None:
     if method not in methods:
         legal = ", ".join(repr(m) for m in methods)
         raise ValueError(f"`method` must be one of {legal}, got {method!r}.")
+
+
+def required_key(key: PRNGKeyArray | None, method: str) -> PRNGKeyArray:
+    if key is None:
+        raise ValueError(
+            f"`key` is needed for `method={method!r}`: pass for example "
+            "`key=jax.random.key(0)`."
+        )
+    return key
 
 
 def as_count(n: Count, minimum: int = 1) -> int:
@@ -67,11 +77,7 @@ def unit_points(
         counts = as_counts(n, dim)
         return lattice([np.arange(1, m + 1) / (m + 1) for m in counts])
     count = as_count(n)
-    if key is None:
-        raise ValueError(
-            f"`key` is needed for `method={method!r}`: pass for example "
-            "`key=jax.random.key(0)`."
-        )
+    key = required_key(key, method)
     if method == "random":
         return jr.uniform(jr.fold_in(key, stream), (count, dim))
     if is_traced(key):
@@ -129,14 +135,25 @@ def numbers_of(x: Any) -> np.ndarray | None:
     return None if is_traced(x) else np.asarray(x, float)
 
 
-# Each point as far from those before it as possible. The first one is the first.
+# Which of some candidates are chosen if each is as far as possible from those before,
+# in units of how far apart points should be there. `distance` is how far all are from
+# what there is already, and `apart` how far they are from one of them.
+def farthest_first(
+    distance: Float[Array, " m"],
+    apart: Callable[[Int[Array, ""]], Float[Array, " m"]],
+    n: int,
+    density: Float[Array, " m"] | float = 1.0,
+) -> Int[Array, " n"]:
+    def choose(distance, _):
+        i = jnp.argmax(density * distance)
+        return jnp.minimum(distance, apart(i)).at[i].set(-jnp.inf), i
+
+    _, chosen = jax.lax.scan(choose, distance, length=n)
+    return chosen
+
+
+# The first one is the first.
 @ft.partial(jax.jit, static_argnums=1)
 def farthest(points: Float[Array, "m d"], n: int) -> Int[Array, " n"]:
-    def choose(distance, _):
-        i = jnp.argmax(distance)
-        new = jnp.sum((points - points[i][None]) ** 2, axis=1)
-        return jnp.minimum(distance, new).at[i].set(-1), i
-
-    start = jnp.full(len(points), jnp.inf, points.dtype)
-    _, chosen = jax.lax.scan(choose, start, length=n)
-    return chosen
+    apart = lambda i: jnp.sum((points - points[i][None]) ** 2, axis=1)
+    return farthest_first(jnp.full(len(points), jnp.inf, points.dtype), apart, n)
