@@ -81,7 +81,7 @@ class _Part(eqx.Module):
     cholesky: Float[Array, "s c c"]
 
 
-def _part(kernels, functionals: Functionals, pattern: Pattern, nugget) -> _Part:
+def _part(kernels, functionals: Functionals, pattern: Pattern, nugget, noise) -> _Part:
     n = pattern.num_values
 
     def one(nodes):
@@ -97,23 +97,26 @@ def _part(kernels, functionals: Functionals, pattern: Pattern, nugget) -> _Part:
         others = jnp.clip(others - n, 0, max(pattern.size - n - 1, 0))
         blocks = functionals.at(values, others)
         matrix = covariance(kernels, blocks, blocks)
-        return _regression(matrix, fill, len(columns), nugget)
+        added = nugget * jnp.diagonal(matrix) + noise.at[index].get(mode="clip")
+        return _regression(matrix + jnp.diag(added), fill, len(columns))
 
     nodes = pattern.value_parents, pattern.other_parents, pattern.columns
     weights, cholesky = jax.lax.map(one, nodes)
     return _Part(pattern.parents, pattern.columns, weights, cholesky)
 
 
-def _regression(matrix, fill, num_columns: int, nugget):
+def _regression(matrix, fill, num_columns: int):
     # W and L, from correlations: the units of functionals can be very different.
     keep = jnp.invert(fill).astype(matrix.dtype)
     scale = jnp.sqrt(jnp.where(fill, 1, jnp.diagonal(matrix)))
     matrix = matrix * (keep / scale)[:, None] * (keep / scale)[None, :]
     identity = jnp.eye(len(matrix), dtype=matrix.dtype)
-    matrix = jnp.where(identity > 0, 1 + nugget, matrix)
+    matrix = jnp.where(identity > 0, 1, matrix)
     factor = jsl.cholesky(matrix, lower=True)
     m = len(matrix) - num_columns
-    weights = jsl.solve_triangular(factor[:m, :m], factor[m:, :m].T, lower=True, trans=1)
+    weights = jsl.solve_triangular(
+        factor[:m, :m], factor[m:, :m].T, lower=True, trans=1
+    )
     cholesky = scale[m:, None] * factor[m:, m:]
     return weights * scale[None, m:] / scale[:m, None], cholesky
 
@@ -130,7 +133,9 @@ class SparseFactor(eqx.Module):
         for part in self.parts:
             v = jax.vmap(_solve_upper)(part.cholesky, out[part.columns])
             total = total.at[part.columns].add(v)
-            total = total.at[part.parents].add(-jnp.einsum("spc,sc->sp", part.weights, v))
+            total = total.at[part.parents].add(
+                -jnp.einsum("spc,sc->sp", part.weights, v)
+            )
         return total[:-1]
 
     def multiply_transposed(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
@@ -205,8 +210,12 @@ def factorise(
     functionals: Functionals,
     pattern: Sequence[Pattern],
     nugget: Any,
+    noise: Float[Array, " n"] | None = None,
 ) -> SparseFactor:
-    # `nugget` is relative to the variance of each functional.
+    # Of K plus a diagonal: variances of `noise`, and a `nugget` relative to that of
+    # each functional.
     functionals = functionals.with_sides(kernels)
-    parts = tuple(_part(kernels, functionals, p, nugget) for p in pattern)
+    if noise is None:
+        noise = jnp.zeros(functionals.size, functionals.values.points.dtype)
+    parts = tuple(_part(kernels, functionals, p, nugget, noise) for p in pattern)
     return SparseFactor(parts, functionals.size)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy.spatial import cKDTree
 
-from ._ordering import neighbour_distances
+from ._ordering import maximin, neighbour_distances
 
 
 class Group(NamedTuple):
@@ -26,6 +26,30 @@ class Group(NamedTuple):
     rank: Int[ndarray, " n"]
     net: Float[ndarray, "m d"]
     separations: Float[ndarray, " m"]
+
+
+def ordered(
+    points: Float[ndarray, "n d"], before: Float[ndarray, "m d"] | None = None
+) -> Group:
+    # From coarse to fine, in a maximin ordering. Several functionals at the same point
+    # have the same place.
+    unique, where = np.unique(points, axis=0, return_inverse=True)
+    where = where.reshape(-1)
+    order, distances = maximin(unique, before)
+    rank, lengthscales = np.empty(len(order), int), np.empty(len(order))
+    rank[order], lengthscales[order] = np.arange(len(order)), distances
+    smallest = np.min(distances[distances > 0], initial=np.inf)
+    lengthscales = np.maximum(lengthscales, smallest)
+    return Group(points, lengthscales[where], rank[where], unique[order], distances)
+
+
+def following(points: Float[ndarray, "n d"], values: Group) -> Group:
+    # All of them at the finest scale, that of the values around each: which is the
+    # ordering of Chen, Owhadi and Schaefer (arXiv:2304.01294, section 3.3).
+    tree, (_, dim) = cKDTree(values.points), points.shape
+    spacing = neighbour_distances(tree, points, 2 * dim + 1)
+    rank = values.rank[tree.query(points)[1]]
+    return Group(points, spacing, rank, values.net, values.separations)
 
 
 class Supernodes(NamedTuple):
@@ -66,14 +90,19 @@ def _join(parts: list[_Ragged]) -> _Ragged:
 
 
 def supernodes(
-    values: Group, others: Group, rho: float, spread: float, num_shapes: int
+    values: Group,
+    others: Group,
+    rho: tuple[float, float],
+    spread: float = 1.5,
+    num_shapes: int = 3,
 ) -> list[Supernodes]:
-    # In an order in which parents come first. `spread` is the factor between the
+    # In an order in which parents come first. `rho` is how many lengthscales away
+    # parents are, for each group. `spread` is the factor between the
     # lengthscales in one supernode; `num_shapes` of how many different sizes there are
     # of each group.
     finest = _Level.all_of(values)
-    out = _of_group(values, None, rho, spread, num_shapes)
-    return out + _of_group(others, finest, rho, spread, num_shapes)
+    out = _of_group(values, None, rho[0], spread, num_shapes)
+    return out + _of_group(others, finest, rho[1], spread, num_shapes)
 
 
 class _Level(NamedTuple):
@@ -167,10 +196,8 @@ def _radii(group: Group, members, level: _Level, values, rho: float):
     points, dim = group.points[members], group.points.shape[1]
     unit_ball = math.pi ** (dim / 2) / math.gamma(dim / 2 + 1)
     count = math.ceil(0.5 * unit_ball * rho**dim)
-    tree = level.tree if values is None else values.tree
-    enough = 0.0
-    if tree is not None:
-        enough = neighbour_distances(tree, points, count)
+    trees = [v.tree for v in (values, level) if v is not None and v.tree is not None]
+    enough = np.min([neighbour_distances(t, points, count) for t in trees], axis=0)
     radii = np.maximum(rho * group.lengthscales[members], enough)
     diameter = np.linalg.norm(np.ptp(group.points, axis=0))
     return np.minimum(radii, 2 * diameter + 1) * (1 + 1e-9)
