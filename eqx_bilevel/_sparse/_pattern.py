@@ -94,15 +94,13 @@ def supernodes(
     others: Group,
     rho: tuple[float, float],
     spread: float = 1.5,
-    num_shapes: int = 3,
 ) -> list[Supernodes]:
     # In an order in which parents come first. `rho` is how many lengthscales away
-    # parents are, for each group. `spread` is the factor between the
-    # lengthscales in one supernode; `num_shapes` of how many different sizes there are
-    # of each group.
+    # parents are, for each group. `spread` is the factor between the lengthscales in
+    # one supernode.
     finest = _Level.all_of(values)
-    out = _of_group(values, None, rho[0], spread, num_shapes)
-    return out + _of_group(others, finest, rho[1], spread, num_shapes)
+    out = _of_group(values, None, rho[0], spread)
+    return out + _of_group(others, finest, rho[1], spread)
 
 
 class _Level(NamedTuple):
@@ -130,7 +128,7 @@ class _Level(NamedTuple):
 
 
 def _of_group(
-    group: Group, values: _Level | None, rho: float, spread: float, num_shapes: int
+    group: Group, values: _Level | None, rho: float, spread: float
 ) -> list[Supernodes]:
     if len(group.points) == 0:
         return []
@@ -157,7 +155,7 @@ def _of_group(
     parts = _join(columns), _join(inside), _join(above)
     sizes = np.stack([part.lengths(count) for part in parts], axis=1)
     out = []
-    for start, stop in _similar(bounds, sizes, num_shapes):
+    for start, stop in _similar(bounds, sizes):
         fill = len(group.points), len(group.points), 0
         if values is not None:
             fill = len(group.points), len(group.points), len(values.index)
@@ -214,14 +212,20 @@ def _parents(numbers, member, near, number_of) -> _Ragged:
     return _Ragged(keys // size, keys % size)
 
 
-def _similar(bounds: list[int], sizes: ndarray, count: int) -> list[tuple[int, int]]:
+# So many pairs of functionals take as long as compiling one more shape.
+_PAIRS_PER_SHAPE = 3e7
+
+
+def _similar(bounds: list[int], sizes: ndarray) -> list[tuple[int, int]]:
     # Neighbouring levels are put together, those first for which it costs least.
     def cost(start, stop):
         return (stop - start) * float(sizes[start:stop].max(axis=0).sum()) ** 2
 
     bounds = list(bounds)
-    while len(bounds) > count + 1:
+    while len(bounds) > 2:
         triples = list(zip(bounds, bounds[1:], bounds[2:]))
         extra = [cost(a, c) - cost(a, b) - cost(b, c) for a, b, c in triples]
+        if min(extra) > _PAIRS_PER_SHAPE:
+            break
         del bounds[int(np.argmin(extra)) + 1]
     return list(zip(bounds[:-1], bounds[1:]))

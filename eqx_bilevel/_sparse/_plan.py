@@ -1,4 +1,4 @@
-"""What can be prepared for a problem before anything is compiled: orderings, patterns."""
+"""What can be prepared for a problem before compiling: orderings and patterns."""
 
 from collections.abc import Sequence
 
@@ -51,7 +51,6 @@ def plan(
     rho: tuple[float, float] = (6.0, 3.0),
     rho_conditions: float = 4.0,
     scale: ArrayLike = 1.0,
-    num_shapes: int = 2,
 ) -> Plan:
     # Functionals are conditioned on others that are at most `rho` lengthscales away:
     # values, which need more, and all others. `rho_conditions` is that of the
@@ -70,22 +69,22 @@ def plan(
         )
     whole = layout(problem)
     patterns = {
-        name: _pattern(functionals, rho, scale, num_shapes)
+        name: _pattern(functionals, rho, scale)
         for name, functionals in whole.functionals.items()
     }
-    conditions = _of_conditions(problem, rho_conditions, scale, num_shapes)
+    conditions = _of_conditions(problem, rho_conditions, scale)
     return Plan(whole, patterns, conditions)
 
 
-def _pattern(functionals: Functionals, rho, scale, num_shapes) -> tuple[Pattern, ...]:
+def _pattern(functionals: Functionals, rho, scale) -> tuple[Pattern, ...]:
     values = ordered(np.asarray(functionals.values.points) / scale)
     others = following(np.asarray(functionals.others.points) / scale, values)
-    return _patterns(values, others, rho, num_shapes)
+    return _patterns(values, others, rho)
 
 
-def _patterns(values, others, rho, num_shapes) -> tuple[Pattern, ...]:
+def _patterns(values, others, rho) -> tuple[Pattern, ...]:
     sizes = len(values.points), len(others.points)
-    nodes = supernodes(values, others, rho, num_shapes=num_shapes)
+    nodes = supernodes(values, others, rho)
     return tuple(Pattern.of(part, *sizes) for part in nodes)
 
 
@@ -99,7 +98,7 @@ def _groups(problem: Problem) -> tuple[list[int], list[int]]:
     return values, [i for i in used if i not in values]
 
 
-def _of_conditions(problem: Problem, rho, scale, num_shapes) -> ConditionsPlan:
+def _of_conditions(problem: Problem, rho, scale) -> ConditionsPlan:
     first, second = _groups(problem)
     rows = problem.rows
 
@@ -113,7 +112,7 @@ def _of_conditions(problem: Problem, rho, scale, num_shapes) -> ConditionsPlan:
     ends = np.cumsum([row.target.size for row in rows])
     index = np.split(np.arange(ends[-1]), ends[:-1])
     order = np.concatenate([index[i] for i in first + second])
-    pattern = _patterns(values, others, (rho, rho), num_shapes)
+    pattern = _patterns(values, others, (rho, rho))
     return ConditionsPlan(pattern, jnp.asarray(order), jnp.asarray(np.argsort(order)))
 
 
