@@ -51,9 +51,9 @@ cases = (
     Case(99),
     Case(99, lengthscale=0.9, nugget=1e-12),
     Case(99, lengthscale=0.9, nugget=1e-12, rho=(8.0, 4.0)),
-    Case(199),
-    Case(315),
-    Case(315, lengthscale=0.9, nugget=1e-12, rho=(8.0, 4.0)),
+    Case(199, nugget=1e-12),
+    Case(315, nugget=1e-12),
+    Case(315, nugget=1e-12, rho=(8.0, 4.0)),
 )
 
 
@@ -85,7 +85,7 @@ def stated(case: Case):
 
 def step(problem, made, factors, z, weights):
     linearised, jitter = linearise(problem, z), jnp.zeros(())
-    return regress(problem, made, factors, linearised, jitter, weights, tolerance=1e-5)
+    return regress(problem, made, factors, linearised, jitter, weights)
 
 
 def measure(case: Case) -> dict:
@@ -151,7 +151,7 @@ def table(rows: list[dict]) -> str:
             f"| {r['factor_mb']} | {r['peak_mb']} | {r['load']} |"
         )
     # Where most of the time is not overhead.
-    same = [r for r in rows if r["lengthscale"] == 0.3 and r["points"] > 1e4]
+    same = [r for r in rows if r["points"] > 1e4 and r["rho"][0] == 6]
     if len(same) > 1:
         logs = [np.log([r[name] for r in same]) for name in ("points", "warm_cpu_s")]
         exponent = np.polyfit(*logs, 1)[0]

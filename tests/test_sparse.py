@@ -11,7 +11,7 @@ from eqx_bilevel._gauss_newton import _regress
 from eqx_bilevel._gram import Block, covariance
 from eqx_bilevel._linearised import linearise, noise_variances
 from eqx_bilevel._parameters import unwrap
-from eqx_bilevel._problem import build
+from eqx_bilevel._problem import build, with_readings
 from eqx_bilevel._sparse import (
     conditions_operator,
     factorise,
@@ -329,6 +329,19 @@ def test_step_is_that_of_the_dense_solver(example):
     close(found.z, np.asarray(expected.z), 1e-5)
     assert found.residual < 1e-8
     assert found.num_steps < 10
+
+
+def test_step_reads_elsewhere():
+    prior, conditions = unwrap(elliptic(16))
+    flux = lambda u, x: u.d(0) * u.d(1)
+    where = jnp.asarray(random_points(5, 2))
+    problem = with_readings(build(prior, conditions), prior, [(flux, where)])
+    linearised = at_random(problem)
+    made = plan(problem, rho=(1e3, 1e3), rho_conditions=1e3)
+    found, _ = sparse_step(problem, made, linearised, 1e-13)
+    expected = dense_step(problem, linearised)
+    assert problem.z_size == 16 + 10
+    close(found.z, np.asarray(expected.z), 1e-5)
 
 
 def test_step_with_few_parents():

@@ -192,10 +192,11 @@ class SparseFactor(eqx.Module):
         # Of K.
         diagonal = lambda part: jnp.diagonal(part.cholesky, axis1=1, axis2=2)
         used = lambda part: part.columns < self.size
-        return sum(
-            2 * jnp.sum(jnp.where(used(part), jnp.log(diagonal(part)), 0))
+        logs = [
+            jnp.sum(jnp.where(used(part), jnp.log(diagonal(part)), 0))
             for part in self.parts
-        )
+        ]
+        return 2 * jnp.sum(jnp.stack(logs))
 
 
 # The last entry stands for what is filled up.

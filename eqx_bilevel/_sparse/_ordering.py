@@ -5,7 +5,7 @@ import heapq
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 
 def maximin(
@@ -19,8 +19,8 @@ def maximin(
     if before is None or len(before) == 0:
         nearest = np.full(n, np.inf)
     else:
-        nearest = cKDTree(before).query(points)[0]
-    tree = cKDTree(points)
+        nearest = KDTree(before).query(points)[0]
+    tree = KDTree(points)
     heap = [(-d, i) for i, d in enumerate(nearest.tolist())]
     heapq.heapify(heap)
     order, distances, left = np.empty(n, int), np.empty(n), np.ones(n, bool)
@@ -43,15 +43,16 @@ def maximin(
     return order, distances
 
 
-def _ball(tree: cKDTree, centre: ndarray, radius: float) -> ndarray:
+def _ball(tree: KDTree, centre: ndarray, radius: float) -> ndarray:
     if not np.isfinite(radius):
         return np.arange(tree.n)
     return np.array(tree.query_ball_point(centre, radius, return_sorted=False), int)
 
 
 def neighbour_distances(
-    tree: cKDTree, points: Float[ndarray, "n d"], count: int
+    tree: KDTree, points: Float[ndarray, "n d"], count: int
 ) -> Float[ndarray, " n"]:
     # To the nearest of so many points in the tree, or to all if there are fewer.
     count = min(count, tree.n)
-    return tree.query(points, k=[count])[0][:, 0]
+    distances = np.asarray(tree.query(points, k=count)[0])
+    return distances.reshape(len(points), count)[:, -1]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from ._ordering import maximin, neighbour_distances
 
@@ -46,7 +46,7 @@ def ordered(
 def following(points: Float[ndarray, "n d"], values: Group) -> Group:
     # All of them at the finest scale, that of the values around each: which is the
     # ordering of Chen, Owhadi and Schaefer (arXiv:2304.01294, section 3.3).
-    tree, (_, dim) = cKDTree(values.points), points.shape
+    tree, (_, dim) = KDTree(values.points), points.shape
     spacing = neighbour_distances(tree, points, 2 * dim + 1)
     rank = values.rank[tree.query(points)[1]]
     return Group(points, spacing, rank, values.net, values.separations)
@@ -105,8 +105,8 @@ def supernodes(
 
 class _Level(NamedTuple):
     # What has come so far, for searches.
-    tree: cKDTree | None
-    index: Int[ndarray, " n"]
+    tree: KDTree | None
+    members: Int[ndarray, " n"]
 
     @staticmethod
     def all_of(group: Group) -> "_Level":
@@ -114,7 +114,7 @@ class _Level(NamedTuple):
 
     @staticmethod
     def of(group: Group, index: ndarray) -> "_Level":
-        tree = cKDTree(group.points[index]) if len(index) > 0 else None
+        tree = KDTree(group.points[index]) if len(index) > 0 else None
         return _Level(tree, index)
 
     def near(self, points: ndarray, radii: ndarray) -> tuple[ndarray, ndarray]:
@@ -124,7 +124,7 @@ class _Level(NamedTuple):
         lists = self.tree.query_ball_point(points, radii, return_sorted=False)
         lengths = np.fromiter(map(len, lists), int, len(lists))
         found = np.fromiter((i for one in lists for i in one), int, lengths.sum())
-        return np.repeat(np.arange(len(points)), lengths), self.index[found]
+        return np.repeat(np.arange(len(points)), lengths), self.members[found]
 
 
 def _of_group(
@@ -139,7 +139,7 @@ def _of_group(
     columns, inside, above = [], [], []
     for start, stop in zip(levels[:-1], levels[1:]):
         members = order[start:stop]
-        scale = group.lengthscales[members[-1]]
+        scale = float(group.lengthscales[members[-1]])
         clusters = _clusters(group, members, rho * scale)
         number[members] = count + clusters
         sort = np.argsort(clusters, kind="stable")
@@ -158,7 +158,7 @@ def _of_group(
     for start, stop in _similar(bounds, sizes):
         fill = len(group.points), len(group.points), 0
         if values is not None:
-            fill = len(group.points), len(group.points), len(values.index)
+            fill = len(group.points), len(group.points), len(values.members)
         c, i, a = (p.padded(start, stop, f) for p, f in zip(parts, fill))
         of_values = values is None
         out.append(Supernodes(c, *((i, a) if of_values else (a, i)), of_values))
@@ -183,7 +183,7 @@ def _clusters(group: Group, members, radius: float) -> Int[ndarray, " m"]:
     coarse = group.net[group.separations >= radius]
     if len(coarse) == 0:
         return np.zeros(len(members), int)
-    nearest = cKDTree(coarse).query(group.points[members])[1]
+    nearest = KDTree(coarse).query(group.points[members])[1]
     return np.unique(nearest, return_inverse=True)[1]
 
 

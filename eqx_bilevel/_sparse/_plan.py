@@ -16,8 +16,8 @@ from ._pattern import following, ordered, supernodes
 
 
 class Plan(eqx.Module):
-    # Only of the points and of which derivatives are used, so the same for all
-    # hyperparameters.
+    # Of the points and of which derivatives are used, and of the coefficients with which
+    # derivatives enter conditions linearly: the same for all kernels and all targets.
     layout: Layout
     patterns: dict[str, tuple[Pattern, ...]]  # of the functionals of each unknown
     conditions: "ConditionsPlan"
@@ -141,7 +141,8 @@ def _one_block(blocks: Sequence[Block], empty: Block) -> Block:
     points, coefficients = [], []
     for block in blocks:
         given = block.coefficients
-        n, q, p = given.shape  # pyright: ignore[reportOptionalMemberAccess]
+        assert given is not None
+        n, q, _ = given.shape
         full = jnp.zeros((n, q, len(jets)), given.dtype)
         where = jnp.array([jets.index(jet) for jet in block.jets])
         coefficients.append(full.at[:, :, where].set(given).reshape(n * q, 1, -1))

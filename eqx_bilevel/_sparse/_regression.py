@@ -46,6 +46,9 @@ def _operator(product, like) -> lx.FunctionLinearOperator:
     return lx.FunctionLinearOperator(product, structure, lx.positive_semidefinite_tag)
 
 
+_WEIGHT_UNIT = 1e-12
+
+
 def regress(
     problem: Problem,
     plan: Plan,
@@ -71,14 +74,17 @@ def regress(
     size = jnp.sqrt(jnp.mean((rhs / deviation) ** 2))
     size = jnp.where(size > 0, size, 1)
     unit = deviation * size
-    scaled = _operator(lambda w: operator.mv(w / deviation) / deviation, rhs)
-    inner = _operator(lambda w: deviation * approximate(deviation * w), rhs)
+    # Lineax also demands that weights change little, in absolute terms. They may be
+    # large, and only the residual counts; so they are counted in large units.
+    weight_unit = size / deviation / _WEIGHT_UNIT
+    scaled = _operator(lambda w: operator.mv(w * weight_unit) / unit, rhs)
+    inner = _operator(lambda r: approximate(r * unit) / weight_unit, rhs)
     first = approximate(rhs) if start is None else start
-    options: dict[str, Any] = dict(preconditioner=inner, y0=first * deviation / size)
+    options: dict[str, Any] = dict(preconditioner=inner, y0=first / weight_unit)
     rms = lambda x: jnp.sqrt(jnp.mean(x**2))
     solver = lx.CG(0.0, tolerance, norm=rms, max_steps=max_steps)
     solution = lx.linear_solve(scaled, rhs / unit, solver, options=options, throw=False)
-    weights = solution.value * size / deviation
+    weights = solution.value * weight_unit
     residual = rms((rhs - operator.mv(weights)) / unit)
     layout = plan.layout
     vectors = layout.apply_transposed(problem, linearised.jacobians, weights)
