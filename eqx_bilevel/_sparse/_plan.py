@@ -16,8 +16,8 @@ from ._pattern import following, ordered, supernodes
 
 
 class Plan(eqx.Module):
-    # Of the points and of which derivatives are used, and of the coefficients with which
-    # derivatives enter conditions linearly: the same for all kernels and all targets.
+    # Of the points, of which derivatives are used, and of the coefficients with which
+    # some enter conditions linearly: the same for all kernels and all targets.
     layout: Layout
     patterns: dict[str, tuple[Pattern, ...]]  # of the functionals of each unknown
     conditions: "ConditionsPlan"
