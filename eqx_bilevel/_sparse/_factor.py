@@ -79,6 +79,10 @@ class _Part(eqx.Module):
     columns: Int[Array, "s c"]
     weights: Float[Array, "s p c"]
     cholesky: Float[Array, "s c c"]
+    # Not solved with when needed: JAX 0.10 can hang where several batches of small
+    # triangular systems are solved at the same time, since on CPUs each waits for the
+    # threads of the others.
+    inverse: Float[Array, "s c c"]
 
 
 def _part(kernels, functionals: Functionals, pattern: Pattern, nugget, noise) -> _Part:
@@ -101,12 +105,12 @@ def _part(kernels, functionals: Functionals, pattern: Pattern, nugget, noise) ->
         return _regression(matrix + jnp.diag(added), fill, len(columns))
 
     nodes = pattern.value_parents, pattern.other_parents, pattern.columns
-    weights, cholesky = jax.lax.map(one, nodes)
-    return _Part(pattern.parents, pattern.columns, weights, cholesky)
+    parts = jax.lax.map(one, nodes)
+    return _Part(pattern.parents, pattern.columns, *parts)
 
 
 def _regression(matrix, fill, num_columns: int):
-    # W and L, from correlations: the units of functionals can be very different.
+    # W, L and L^-1, from correlations: the units of functionals can be very different.
     keep = jnp.invert(fill).astype(matrix.dtype)
     scale = jnp.sqrt(jnp.where(fill, 1, jnp.diagonal(matrix)))
     matrix = matrix * (keep / scale)[:, None] * (keep / scale)[None, :]
@@ -117,8 +121,10 @@ def _regression(matrix, fill, num_columns: int):
     weights = jsl.solve_triangular(
         factor[:m, :m], factor[m:, :m].T, lower=True, trans=1
     )
-    cholesky = scale[m:, None] * factor[m:, m:]
-    return weights * scale[None, m:] / scale[:m, None], cholesky
+    weights = weights * scale[None, m:] / scale[:m, None]
+    corner, identity = factor[m:, m:], identity[m:, m:]
+    inverse = jsl.solve_triangular(corner, identity, lower=True) / scale[None, m:]
+    return weights, scale[m:, None] * corner, inverse
 
 
 class SparseFactor(eqx.Module):
@@ -131,7 +137,7 @@ class SparseFactor(eqx.Module):
         out = _extended(vector)
         total = jnp.zeros_like(out)
         for part in self.parts:
-            v = jax.vmap(_solve_upper)(part.cholesky, out[part.columns])
+            v = jnp.einsum("sdc,sd->sc", part.inverse, out[part.columns])
             total = total.at[part.columns].add(v)
             total = total.at[part.parents].add(
                 -jnp.einsum("spc,sc->sp", part.weights, v)
@@ -145,7 +151,7 @@ class SparseFactor(eqx.Module):
         for part in self.parts:
             predicted = jnp.einsum("spc,sp->sc", part.weights, given[part.parents])
             v = given[part.columns] - predicted
-            v = jax.vmap(_solve_lower)(part.cholesky, v)
+            v = jnp.einsum("sdc,sc->sd", part.inverse, v)
             out = out.at[part.columns].set(v)
         return out[:-1]
 
@@ -186,21 +192,16 @@ class SparseFactor(eqx.Module):
         # Of K.
         diagonal = lambda part: jnp.diagonal(part.cholesky, axis1=1, axis2=2)
         used = lambda part: part.columns < self.size
-        logs = lambda part: jnp.where(used(part), jnp.log(diagonal(part)), 0)
-        return 2 * jnp.sum(jnp.stack([jnp.sum(logs(part)) for part in self.parts]))
+        logs = [
+            jnp.sum(jnp.where(used(part), jnp.log(diagonal(part)), 0))
+            for part in self.parts
+        ]
+        return 2 * jnp.sum(jnp.stack(logs))
 
 
 # The last entry stands for what is filled up.
 def _extended(vector):
     return jnp.concatenate([vector, jnp.zeros_like(vector[:1])])
-
-
-def _solve_lower(factor, vector):
-    return jsl.solve_triangular(factor, vector, lower=True)
-
-
-def _solve_upper(factor, vector):
-    return jsl.solve_triangular(factor, vector, lower=True, trans=1)
 
 
 def factorise(

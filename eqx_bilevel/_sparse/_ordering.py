@@ -53,5 +53,6 @@ def neighbour_distances(
     tree: KDTree, points: Float[ndarray, "n d"], count: int
 ) -> Float[ndarray, " n"]:
     # To the nearest of so many points in the tree, or to all if there are fewer.
-    distances = tree.query(points, k=min(count, tree.n))[0]
-    return np.reshape(distances, (len(points), -1))[:, -1]
+    count = min(count, tree.n)
+    distances = np.asarray(tree.query(points, k=count)[0])
+    return distances.reshape(len(points), count)[:, -1]

@@ -90,20 +90,23 @@ def _join(parts: list[_Ragged]) -> _Ragged:
 
 
 def supernodes(
-    values: Group, others: Group, rho: float, spread: float, num_shapes: int
+    values: Group,
+    others: Group,
+    rho: tuple[float, float],
+    spread: float = 1.5,
 ) -> list[Supernodes]:
-    # In an order in which parents come first. `spread` is the factor between the
-    # lengthscales in one supernode; `num_shapes` of how many different sizes there are
-    # of each group.
+    # In an order in which parents come first. `rho` is how many lengthscales away
+    # parents are, for each group. `spread` is the factor between the lengthscales in
+    # one supernode.
     finest = _Level.all_of(values)
-    out = _of_group(values, None, rho, spread, num_shapes)
-    return out + _of_group(others, finest, rho, spread, num_shapes)
+    out = _of_group(values, None, rho[0], spread)
+    return out + _of_group(others, finest, rho[1], spread)
 
 
 class _Level(NamedTuple):
     # What has come so far, for searches.
     tree: KDTree | None
-    entries: Int[ndarray, " n"]
+    members: Int[ndarray, " n"]
 
     @staticmethod
     def all_of(group: Group) -> "_Level":
@@ -121,11 +124,11 @@ class _Level(NamedTuple):
         lists = self.tree.query_ball_point(points, radii, return_sorted=False)
         lengths = np.fromiter(map(len, lists), int, len(lists))
         found = np.fromiter((i for one in lists for i in one), int, lengths.sum())
-        return np.repeat(np.arange(len(points)), lengths), self.entries[found]
+        return np.repeat(np.arange(len(points)), lengths), self.members[found]
 
 
 def _of_group(
-    group: Group, values: _Level | None, rho: float, spread: float, num_shapes: int
+    group: Group, values: _Level | None, rho: float, spread: float
 ) -> list[Supernodes]:
     if len(group.points) == 0:
         return []
@@ -152,10 +155,10 @@ def _of_group(
     parts = _join(columns), _join(inside), _join(above)
     sizes = np.stack([part.lengths(count) for part in parts], axis=1)
     out = []
-    for start, stop in _similar(bounds, sizes, num_shapes):
+    for start, stop in _similar(bounds, sizes):
         fill = len(group.points), len(group.points), 0
         if values is not None:
-            fill = len(group.points), len(group.points), len(values.entries)
+            fill = len(group.points), len(group.points), len(values.members)
         c, i, a = (p.padded(start, stop, f) for p, f in zip(parts, fill))
         of_values = values is None
         out.append(Supernodes(c, *((i, a) if of_values else (a, i)), of_values))
@@ -209,14 +212,20 @@ def _parents(numbers, member, near, number_of) -> _Ragged:
     return _Ragged(keys // size, keys % size)
 
 
-def _similar(bounds: list[int], sizes: ndarray, count: int) -> list[tuple[int, int]]:
+# So many pairs of functionals take as long as compiling one more shape.
+_PAIRS_PER_SHAPE = 3e7
+
+
+def _similar(bounds: list[int], sizes: ndarray) -> list[tuple[int, int]]:
     # Neighbouring levels are put together, those first for which it costs least.
     def cost(start, stop):
         return (stop - start) * float(sizes[start:stop].max(axis=0).sum()) ** 2
 
     bounds = list(bounds)
-    while len(bounds) > count + 1:
+    while len(bounds) > 2:
         triples = list(zip(bounds, bounds[1:], bounds[2:]))
         extra = [cost(a, c) - cost(a, b) - cost(b, c) for a, b, c in triples]
+        if min(extra) > _PAIRS_PER_SHAPE:
+            break
         del bounds[int(np.argmin(extra)) + 1]
     return list(zip(bounds[:-1], bounds[1:]))

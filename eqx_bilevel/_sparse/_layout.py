@@ -1,8 +1,8 @@
-"""The linear system of a Gauss-Newton step, J K J^T + Gamma, with K by its factor.
+"""The functionals that all linearisations of a problem are made of, and how.
 
-K is the covariance of functionals that do not depend on where conditions are
-linearised, so its factor serves for all steps. They are, for each unknown, its values
-at all points, its derivatives that enter a condition nonlinearly, and of the others the
+They do not depend on where conditions are linearised, so that a factor of their
+covariance serves for all steps. They are, for each unknown, its values at
+all points, its derivatives that enter a condition nonlinearly, and of the others the
 combinations that conditions have. J, which has few entries in each row, changes.
 """
 
@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Int
 from .._gram import Block
 from .._linearised import flat, linearise, prior_z, split_weights
 from .._problem import Problem, Rows
-from ._factor import Functionals, Pattern, SparseFactor
-from ._pattern import following, ordered, supernodes
+from ._factor import Functionals
 
 
 Vectors = Mapping[str, Float[Array, " f"]]  # by unknown, one entry for each functional
@@ -158,26 +157,3 @@ def _others(problem: Problem, start: int, uses: Sequence[_Use]):
         terms.append(Term(index, use.row, use.unknown, use.entry, use.component))
     join = lambda parts: jnp.asarray(np.concatenate(parts), dtype)
     return Block(join(points), join(coefficients)[:, None, :], jets), terms
-
-
-def patterns(
-    functionals: Functionals, rho: float, scale=1.0, spread=1.5, num_shapes=3
-) -> tuple[Pattern, ...]:
-    # Coordinates are divided by `scale`.
-    values = ordered(np.asarray(functionals.values.points) / scale)
-    others = following(np.asarray(functionals.others.points) / scale, values)
-    nodes = supernodes(values, others, rho, spread, num_shapes)
-    sizes = len(values.points), len(others.points)
-    return tuple(Pattern.of(part, *sizes) for part in nodes)
-
-
-def covariance_by_factor(
-    problem: Problem,
-    layout: Layout,
-    factors: Mapping[str, SparseFactor],
-    jacobians,
-    weights: Float[Array, " M"],
-) -> Vectors:
-    # K J^T w
-    vectors = layout.apply_transposed(problem, jacobians, weights)
-    return {name: factors[name].covariance(v) for name, v in vectors.items()}
