@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import optimistix as optx
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ._gauss_newton import Root
 from ._krylov import FixedPointGMRES
@@ -18,21 +18,15 @@ from ._linearised import (
     block_product,
     curvatures,
     embed,
-    flat,
-    jacobian_product,
-    jet_changes,
-    jet_products,
     join,
     linearise,
+    Linearised,
     noise_variances,
     prior_z,
-    select,
     separate,
-    split,
-    transposed_jacobian_product,
 )
 from ._problem import Problem
-from ._representer import GramInverse, PosteriorCovariance
+from ._system import AbstractPosterior, AbstractSystem
 
 
 def without_gradient(tree: PyTree) -> PyTree:
@@ -93,10 +87,10 @@ def _optimality(root: Root, residual, inputs) -> Root:
     problem, state = _problem(inputs), _state(residual)
     z, weights = root
     linearised = linearise(problem, z)
-    changes = jet_changes(problem, linearised.functionals, weights)
-    applied = jacobian_product(problem, linearised.jacobians, changes)
+    system = _system(inputs)
+    applied, changes = system.changes(problem, linearised, state.factor, weights)
     misfit = applied + noise_variances(problem, state.jitter) * weights - linearised.rhs
-    return Root(z - prior_z(problem) - select(problem, changes), misfit)
+    return Root(z - prior_z(problem) - changes, misfit)
 
 
 def _linearised_optimality(root: Root, residual, inputs) -> Root:
@@ -122,8 +116,8 @@ def _problem(inputs) -> Problem:
     return inputs[3]
 
 
-def _inner_solver(inputs) -> lx.AbstractLinearSolver:
-    return inputs[1].linear_solver
+def _system(inputs) -> AbstractSystem:
+    return inputs[1].system
 
 
 def _state(residual):
@@ -149,12 +143,18 @@ def _ok(residual) -> Bool[Array, ""]:
 
 class _System(eqx.Module):
     problem: Problem
-    jacobians: tuple[Array, ...]
-    gram_inverse: GramInverse
-    posterior: PosteriorCovariance | None
+    linearised: Linearised  # its conditions
+    system: AbstractSystem
+    factor: PyTree
+    jitter: Float[Array, ""]
+    posterior: AbstractPosterior | None
     hessian: list[Array] | None
     ok: Bool[Array, ""]
     transposed: bool = eqx.field(static=True)
+
+    def inverse(self, vector: Float[Array, " M"]) -> Float[Array, " M"]:
+        at = self.problem.conditions, self.linearised, self.jitter, self.factor
+        return self.system.solve(*at, vector)
 
 
 class _Elimination(lx.AbstractLinearSolver):
@@ -164,20 +164,27 @@ class _Elimination(lx.AbstractLinearSolver):
     def init(self, operator: Any, options):
         del options
         root, (_, residual, inputs) = operator.x, operator.args
-        problem, factor = _problem(inputs), _state(residual).factor
+        problem, system, state = _problem(inputs), _system(inputs), _state(residual)
         conditions = problem.conditions
         z, _ = separate(problem, root.z)
         linearised = linearise(conditions, z)
-        inverse = GramInverse(
-            problem.kernels, linearised.functionals, _inner_solver(inputs), factor
-        )
+        at = state.jitter, state.factor
         if self.linear_solver is None:
             posterior = hessian = None
         else:
-            posterior = PosteriorCovariance(conditions, inverse)
+            posterior = system.posterior(conditions, linearised, *at)
             hessian = curvatures(conditions, z, root.weights)
-        jacobians, ok = linearised.jacobians, _ok(residual)
-        return _System(problem, jacobians, inverse, posterior, hessian, ok, False)
+        return _System(
+            problem=problem,
+            linearised=linearised,
+            system=system,
+            factor=state.factor,
+            jitter=state.jitter,
+            posterior=posterior,
+            hessian=hessian,
+            ok=_ok(residual),
+            transposed=False,
+        )
 
     def compute(self, state: _System, vector: Root, options):
         del options
@@ -198,20 +205,21 @@ class _Elimination(lx.AbstractLinearSolver):
 
     def _eliminate(self, state: _System, z, bent, weights):
         # For right-hand sides z + H bent, in the transposed system, and w.
-        inverse, posterior = state.gram_inverse, state.posterior
+        inverse, posterior = state.inverse, state.posterior
         if self.linear_solver is None or posterior is None:
             return z, inverse(weights), lx.RESULTS.successful
-        rows, hessian = posterior.rows, ft.partial(_hessian_product, state)
+        hessian = ft.partial(_hessian_product, state)
+        from_weights, to_conditions = posterior.from_weights, posterior.to_conditions
         if state.transposed:
-            reduced = z + hessian(bent - rows @ inverse(weights))
-            product = lambda dz: dz - hessian(posterior(dz))
+            reduced = z + hessian(bent - from_weights(inverse(weights)))
+            product = lambda dz: dz - hessian(posterior.covariance(dz))
         else:
-            reduced = z + rows @ inverse(weights)
-            product = lambda dz: dz - posterior(hessian(dz))
+            reduced = z + from_weights(inverse(weights))
+            product = lambda dz: dz - posterior.covariance(hessian(dz))
         operator = lx.FunctionLinearOperator(product, jax.eval_shape(lambda: reduced))
         sol = lx.linear_solve(operator, reduced, self.linear_solver, throw=False)
         z = sol.value
-        change = rows.T @ z if state.transposed else -rows.T @ hessian(z)
+        change = to_conditions(z if state.transposed else -hessian(z))
         result = lx.RESULTS.where(state.ok, sol.result, lx.RESULTS.successful)
         return z, inverse(weights + change), result
 
@@ -232,22 +240,21 @@ def _hessian_product(state: _System, dz):
 
 def _read(state: _System, z, weights) -> Array:
     # By how much what is only read changes with z and w: the rest of the first row.
-    conditions, readings = state.problem.conditions, state.problem.readings
-    if readings.z_size == 0:
+    conditions = state.problem.conditions
+    if state.problem.readings.z_size == 0:
         return z[:0]
-    jets = transposed_jacobian_product(conditions, state.jacobians, weights)
+    bent = None
     if state.hessian is not None:
         bent = embed(conditions, _hessian_product(state, z))
-        jets = [jet + b for jet, b in zip(jets, bent)]
-    return flat(jet_products(readings, conditions, jets))
+    at = state.problem, state.linearised, state.factor
+    return state.system.read(*at, weights, bent)
 
 
 def _read_transposed(state: _System, read) -> tuple[Array, Array]:
     # The transpose of that, less the factor H.
-    conditions, readings = state.problem.conditions, state.problem.readings
-    if readings.z_size == 0:
+    conditions = state.problem.conditions
+    if state.problem.readings.z_size == 0:
         zero = lambda size: jnp.zeros(size, state.problem.dtype)
         return zero(conditions.z_size), zero(conditions.size)
-    jets = jet_products(conditions, readings, split(readings, read))
-    bent = select(conditions, jets)
-    return bent, jacobian_product(conditions, state.jacobians, jets)
+    at = state.problem, state.linearised, state.factor
+    return state.system.read_transposed(*at, read)

@@ -1,7 +1,7 @@
 """The inner solver: Gauss-Newton with one unknown per scalar condition."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -10,59 +10,9 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from ._gram import covariance, dense, GramOperator
-from ._linearised import (
-    linearise,
-    noise_variances,
-    prior_z,
-    residuals,
-    slope_product,
-    split,
-    z_functionals,
-)
+from ._linearised import linearise, prior_z, residuals, slope_product, split
 from ._problem import Problem
-
-
-class _Regression(NamedTuple):
-    # The minimiser of the linearised problem, and how well it could be computed.
-    factor: Any
-    weights: Float[Array, " M"]
-    gamma: Float[Array, " M"]
-    z: Float[Array, " N"]
-    rounding: Float[Array, " N"]
-    usable: Bool[Array, ""]
-
-
-# A linear solve whose residual is larger than this, relatively, is of no use.
-_USABLE = 1e-3
-
-
-def _regress(problem, linearised, jitter, linear_solver) -> _Regression:
-    gamma = noise_variances(problem, jitter)
-    operator = dense(GramOperator(problem.kernels, linearised.functionals, gamma))
-    factor = linear_solver.init(operator, {})
-    solve = lambda b: (
-        lx.linear_solve(operator, b, linear_solver, state=factor, throw=False).value
-    )
-    rhs = linearised.rhs
-    weights = solve(rhs)
-    # Solving once more for what is left is one step of iterative refinement. Its size
-    # is what rounding does to the result.
-    remainder = rhs - operator.mv(weights)
-    correction = solve(remainder)
-    read, functionals = z_functionals(problem), linearised.functionals
-    if problem.z_size == 0:
-        z = rounding = jnp.zeros(0, problem.dtype)
-    else:
-        rows = covariance(problem.kernels, read, functionals)
-        z = prior_z(problem) + rows @ (weights + correction)
-        rounding = rows @ correction
-    small = lambda x, y: (
-        jnp.max(jnp.abs(x), initial=0) <= _USABLE * jnp.max(jnp.abs(y), initial=0)
-    )
-    finite = jnp.all(jnp.isfinite(weights + correction))
-    usable = finite & small(remainder, rhs) & small(rounding, z)
-    return _Regression(factor, weights + correction, gamma, z, rounding, usable)
+from ._system import AbstractSystem, DenseSystem, Regression
 
 
 # A full step's relative change below which the minimum is close.
@@ -177,6 +127,7 @@ class _GaussNewtonState(eqx.Module):
     least_change: Float[Array, ""]  # so far
     num_stalled: Int[Array, ""]  # steps since
     num_left: Int[Array, ""]
+    num_products: Int[Array, ""]  # in all, of iterative linear solves
     step_size: Float[Array, ""]
     # Used for termination.
     done: Bool[Array, ""]
@@ -187,24 +138,6 @@ def tree_where(which, one, two):
     arrays, static = eqx.partition((one, two), eqx.is_array)
     chosen = jax.tree.map(lambda a, b: jnp.where(which, a, b), *arrays)
     return eqx.combine(chosen, static[0])
-
-
-def _trivial_factor(linear_solver, problem: Problem) -> PyTree[Array]:
-    # Of the identity, if the solver is `lx.Cholesky`, for what comes of it to be finite
-    # if there never is another one. A factorisation would cost as much as a step.
-    def init(matrix):
-        tags = lx.positive_semidefinite_tag
-        return linear_solver.init(lx.MatrixLinearOperator(matrix, tags), {})
-
-    def trivial(x):
-        if x.shape == matrix.shape:
-            return jnp.eye(problem.size, dtype=x.dtype)
-        return jnp.zeros(x.shape, x.dtype)
-
-    matrix = jax.ShapeDtypeStruct((problem.size, problem.size), problem.dtype)
-    struct = eqx.filter_eval_shape(init, matrix)
-    is_struct = lambda x: isinstance(x, jax.ShapeDtypeStruct)
-    return jax.tree.map(lambda x: trivial(x) if is_struct(x) else x, struct)
 
 
 class GaussNewton(optx.AbstractLeastSquaresSolver):
@@ -228,8 +161,14 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
     rtol: float = 1e-8
     atol: float = 1e-10
     norm: Callable[[PyTree], Scalar] = optx.max_norm
-    linear_solver: lx.AbstractLinearSolver = lx.Cholesky()
+    linear_solver: lx.AbstractLinearSolver | AbstractSystem = lx.Cholesky()
     verbose: bool | Callable[..., None] = False
+
+    @property
+    def system(self) -> AbstractSystem:
+        if isinstance(self.linear_solver, AbstractSystem):
+            return self.linear_solver
+        return DenseSystem(self.linear_solver)
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         problem, dtype = args, args.dtype
@@ -239,7 +178,8 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
             proposal=_Iterate(y.z, jnp.zeros(problem.size, dtype), zero, start),
             anderson=_Anderson.empty(y.z),
             jitter=options["jitter"],
-            factor=_trivial_factor(self.linear_solver, problem),
+            factor=self.system.no_factor(problem),
+            num_products=jnp.array(0),
             rounding=zero,
             change=zero + jnp.inf,
             least_change=zero + jnp.inf,
@@ -253,7 +193,8 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
     def step(self, fn, y, args, options, state, tags):
         problem, here = args, state.proposal
         linearised = linearise(problem, here.z)
-        new = _regress(problem, linearised, state.jitter, self.linear_solver)
+        last = state.factor, y.weights
+        new = self.system.regress(problem, linearised, state.jitter, last)
         change, excess, scale = self._compare(problem, here.z, new)
         near = change < _NEARLY
         searched, step_size = _line_search(problem, linearised, here, new)
@@ -276,6 +217,7 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
             anderson=anderson,
             jitter=state.jitter,
             factor=new.factor,
+            num_products=state.num_products + new.num_products,
             rounding=jnp.max(jnp.abs(new.rounding), initial=0),
             change=change,
             least_change=jnp.minimum(change, state.least_change),
@@ -300,7 +242,7 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
         self._report(state)
         return y, state, None
 
-    def _compare(self, problem, z, new: _Regression):
+    def _compare(self, problem, z, new: Regression):
         # By how much a full step changes z: relatively, and in tolerances. Each
         # derivative of each condition has its own scale, returned as well.
         zero = jnp.zeros((), z.dtype)

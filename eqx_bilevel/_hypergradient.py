@@ -9,18 +9,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from ._adjoint import FrozenAdjoint, without_gradient
 from ._condition import Condition
 from ._gauss_newton import Root
-from ._linearised import jet_changes, join, prior_z, select, separate, split
+from ._linearised import join, prior_z, separate, split
 from ._parameters import unwrap
 from ._problem import Problem, with_readings
 from ._solution import Reading, Solution
 from ._solve import of_use, root_residual, solution_at
+from ._system import AbstractSystem
 
 
 class _Found(NamedTuple):
@@ -32,7 +32,7 @@ class _Found(NamedTuple):
 
 class _AlreadyFound(optx.AbstractLeastSquaresSolver):
     # Takes no step: where it starts is the solution.
-    linear_solver: lx.AbstractLinearSolver
+    system: AbstractSystem
     rtol: float = 0.0
     atol: float = 0.0
     norm: Callable[[PyTree], Scalar] = optx.max_norm
@@ -67,13 +67,14 @@ def differentiable(
     read = without_gradient(whole.readings)
     values = found._z[:0]
     if readings:
-        changes = jet_changes(read, found._functionals, weights)
-        values = prior_z(read) + select(read, changes)
+        values = prior_z(read) + found._system.read(
+            without_gradient(whole), found._linearised, found._factor, weights, None
+        )
     singular, successful = optx.RESULTS.singular, optx.RESULTS.successful
     jitter, change = found.stats["jitter"], found.stats["change"]
     sol = optx.least_squares(
         root_residual,
-        _AlreadyFound(linear_solver=found._linear_solver),
+        _AlreadyFound(system=found._system),
         Root(join(whole, found._z, values), weights),
         whole,
         options=dict(
@@ -93,7 +94,7 @@ def differentiable(
         found._next_z,
         found._factor,
         jitter,
-        found._linear_solver,
+        found._system,
         found.result,
         found.stats,
     )

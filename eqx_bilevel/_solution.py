@@ -7,13 +7,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
 import wadler_lindig as wl
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from ._closure import function_as_pytree
-from ._gram import Block, covariance, covariance_product, dense, GramOperator, variances
+from ._gram import Block, dense, GramOperator
 from ._jets import (
     evaluate,
     Index,
@@ -23,13 +22,13 @@ from ._jets import (
     trace,
 )
 from ._left_out import Errors, folds_of, left_out, predicted, rows_of
-from ._linearised import block_product, curvatures, linearise, noise_variances
+from ._linearised import block_product, curvatures, Linearised, noise_variances
 from ._parameters import unwrap
 from ._pretty import named_doc
 from ._problem import find_condition, jets_of, mean_functions, names_of, Problem
-from ._representer import gram_solve, GramInverse, PosteriorCovariance
 from ._results import RESULTS
 from ._spectrum import extreme_eigenvalues, power_iteration
+from ._system import AbstractSystem
 
 
 class Reading(eqx.Module):
@@ -56,7 +55,8 @@ class Solution(eqx.Module):
     - `stats`: A dictionary: `num_steps` and `max_steps` (linearised solves); `change`
         (of `z` in one more full step, relatively); `rounding` (the change in `z` when
         the last linear solve is repeated); `jitter` (the relative nugget that was
-        added, also the automatic one); `objective` (of the inner problem); `rkhs_norm`
+        added, also the automatic one); `num_products` (of iterative linear solves);
+        `objective` (of the inner problem); `rkhs_norm`
         ($\\lVert u - m \\rVert_k$); and `residual_norm` (root mean square of all
         conditions' residuals).
     """
@@ -67,11 +67,11 @@ class Solution(eqx.Module):
     result: RESULTS
     stats: dict[str, PyTree]
     _problem: Problem
-    _functionals: tuple[Block, ...]
+    _linearised: Linearised
     _z: Float[Array, " N"]
     _next_z: Float[Array, " N"]
     _factor: PyTree
-    _linear_solver: lx.AbstractLinearSolver
+    _system: AbstractSystem
     _readings: tuple[Reading, ...] = ()
 
     def __call__(self, x: Float[ArrayLike, "*n d"]) -> PyTree[Float[Array, "*n"]]:
@@ -235,8 +235,8 @@ class Solution(eqx.Module):
     def _predicted(self, names: Sequence[str]) -> Errors:
         # The targets of these conditions, from all others.
         rows = [rows_of(self._problem, name).reshape(-1) for name in names]
-        rhs = linearise(self._problem, self._z).rhs
-        return predicted(self._gram.as_matrix(), rhs, np.concatenate(rows))
+        rhs, rows = self._linearised.rhs, np.concatenate(rows)
+        return predicted(self._gram.as_matrix(), rhs, rows)
 
     def _left_out(
         self, condition: str | None, num_folds: int | None
@@ -260,11 +260,7 @@ class Solution(eqx.Module):
         return trace(operator, self._unknowns, x.shape[1], x.dtype, "apply")
 
     def _jets(self, jets: Sequence[tuple[str, Index]], x) -> Float[Array, "n p"]:
-        n, p = len(x), len(jets)
-        kernels, block = self._problem.kernels, Block(x, None, tuple(jets))
-        change = covariance_product(
-            kernels, (block,), self._functionals, self.weights
-        ).reshape(n, p)
+        change = self._system.jets(*self._at, self.weights, tuple(jets), x)
         return jets_of(mean_functions(unwrap(self.prior)), jets, x) + change
 
     def _linearised_block(self, operator, x) -> Block:
@@ -280,17 +276,20 @@ class Solution(eqx.Module):
         return Block(x, jax.vmap(at)(z, x), found.jets)
 
     @property
-    def _gram(self) -> GramOperator:
-        gamma = noise_variances(self._problem, self.stats["jitter"])
-        return GramOperator(self._problem.kernels, self._functionals, gamma)
-
-    def _solve(self, vector: Float[Array, " M"]) -> Float[Array, " M"]:
-        return gram_solve(self._gram, vector, self._linear_solver, self._factor)
+    def _at(self):
+        return self._problem, self._linearised, self._factor
 
     @property
-    def _gram_inverse(self) -> GramInverse:
-        kernels, functionals = self._problem.kernels, self._functionals
-        return GramInverse(kernels, functionals, self._linear_solver, self._factor)
+    def _jitter(self) -> Float[Array, ""]:
+        return self.stats["jitter"]
+
+    @property
+    def _gram(self) -> GramOperator:
+        return self._system.gram(self._problem, self._linearised, self._jitter)
+
+    def _solve(self, vector: Float[Array, " M"]) -> Float[Array, " M"]:
+        problem, linearised, factor = self._at
+        return self._system.solve(problem, linearised, self._jitter, factor, vector)
 
     def _operators(self, operator: Callable | None) -> dict[str, Callable]:
         names, single = self._unknowns
@@ -356,11 +355,10 @@ def _residuals(solution: Solution):
 
 @eqx.filter_jit
 def _std(solution: Solution, operator, x):
-    kernels = solution._problem.kernels
-    block = solution._linearised_block(operator, x)
-    rows = covariance(kernels, (block,), solution._functionals)
+    blocks = (solution._linearised_block(operator, x),)
+    before, rows = solution._system.covariances(*solution._at, blocks, joint=False)
     solved = jax.vmap(solution._solve)(rows)
-    variance = variances(kernels, (block,)) - jnp.sum(rows * solved, axis=1)
+    variance = before - jnp.sum(rows * solved, axis=1)
     # Rounding may make what is practically zero negative, and the square root of zero
     # has no derivative.
     positive = variance > 0
@@ -370,11 +368,10 @@ def _std(solution: Solution, operator, x):
 
 @eqx.filter_jit
 def _covariance(solution: Solution, operators, x):
-    kernels = solution._problem.kernels
     blocks = tuple(solution._linearised_block(op, x) for op in operators.values())
-    rows = covariance(kernels, blocks, solution._functionals)
+    before, rows = solution._system.covariances(*solution._at, blocks, joint=True)
     solved = jax.vmap(solution._solve)(rows)
-    posterior = covariance(kernels, blocks, blocks) - rows @ solved.T
+    posterior = before - rows @ solved.T
     return 0.5 * (posterior + posterior.T)
 
 
@@ -401,7 +398,10 @@ def _spectrum(solution: Solution, num_products: int):
     if problem.z_size == 0:
         zero = jnp.zeros((), problem.dtype)
         return zero, zero
-    posterior = PosteriorCovariance(problem, solution._gram_inverse)
+    _, linearised, factor = solution._at
+    posterior = solution._system.posterior(
+        problem, linearised, solution._jitter, factor
+    ).covariance
     hessian = curvatures(problem, z, solution.weights)
     curvature = lambda dz: block_product(problem, hessian, dz)
     return extreme_eigenvalues(posterior, curvature, z, num_products)
@@ -412,7 +412,7 @@ def _condition_number(solution: Solution, num_products: int):
     matrix = dense(solution._gram)
     scale = jnp.sqrt(jnp.diagonal(matrix.as_matrix()))
     forwards = lambda v: matrix.mv(v / scale) / scale
-    backwards = lambda v: solution._gram_inverse(v * scale) * scale
+    backwards = lambda v: solution._solve(v * scale) * scale
     start = jnp.cos(jnp.arange(scale.shape[0], dtype=scale.dtype))
     largest = power_iteration(forwards, start, num_products)
     smallest_inverse = power_iteration(backwards, start, num_products)

@@ -7,7 +7,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -29,6 +28,7 @@ from ._problem import (
 )
 from ._results import RESULTS
 from ._solution import Solution
+from ._system import AbstractSystem
 
 
 def root_residual(root, problem):
@@ -279,6 +279,7 @@ def solve_problem(
         "max_steps": max_steps,
         "change": state.change,
         "rounding": state.rounding,
+        "num_products": state.num_products,
     }
     return solution_at(
         prior,
@@ -288,7 +289,7 @@ def solve_problem(
         state.proposal.z,
         state.factor,
         state.jitter,
-        solver.linear_solver,
+        solver.system,
         result,
         stats,
     )
@@ -308,7 +309,7 @@ def solution_at(
     next_z: Float[Array, " N"],
     factor: PyTree,
     jitter: Float[Array, ""],
-    linear_solver: lx.AbstractLinearSolver,
+    system: AbstractSystem,
     result: RESULTS,
     stats: dict[str, Any],
 ) -> Solution:
@@ -326,11 +327,11 @@ def solution_at(
         result=result,
         stats=without_gradient(stats),
         _problem=problem,
-        _functionals=linearised.functionals,
+        _linearised=linearised,
         _z=z,
         _next_z=next_z,
         _factor=factor,
-        _linear_solver=linear_solver,
+        _system=system,
     )
 
 

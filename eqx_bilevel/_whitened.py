@@ -18,10 +18,10 @@ from ._jets import residual
 from ._linearised import linearise, noise_variances, select, split_jets
 from ._parameters import unwrap
 from ._problem import Problem
-from ._representer import gram_solve
 from ._results import RESULTS
 from ._solution import Solution
 from ._solve import checked, initial_jitter, sanitised, solution_at
+from ._system import DenseSystem, gram_solve
 
 
 def solve_whitened(
@@ -137,6 +137,7 @@ def _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw):
         "max_steps": max_steps,
         "change": nothing,
         "rounding": nothing,
+        "num_products": jnp.array(0),
     }
     solution = solution_at(
         prior,
@@ -146,7 +147,7 @@ def _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw):
         z,
         factor,
         jitter,
-        linear_solver,
+        DenseSystem(linear_solver),
         result,
         stats,
     )

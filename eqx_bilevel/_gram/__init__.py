@@ -2,6 +2,7 @@ from ._blocks import (
     Block as Block,
     covariance as covariance,
     covariance_product as covariance_product,
+    Jets as Jets,
     Kernels as Kernels,
     one_sides as one_sides,
     variances as variances,

@@ -1,0 +1,325 @@
+"""What needs the kernel at all points at once, above all the linear systems of a
+linearised problem. How this is computed depends on how the Gram matrix is kept; nothing
+else does.
+"""
+
+import abc
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ._gram import (
+    Block,
+    covariance,
+    covariance_product,
+    dense,
+    GramOperator,
+    Jets,
+    variances,
+)
+from ._linearised import (
+    flat,
+    jacobian_product,
+    jet_changes,
+    jet_products,
+    Linearised,
+    noise_variances,
+    prior_z,
+    select,
+    split,
+    transposed_jacobian_product,
+    z_functionals,
+)
+from ._problem import Problem
+
+
+class Regression(NamedTuple):
+    # The minimiser of a linearised problem, and how well it could be computed.
+    factor: PyTree[Array]
+    weights: Float[Array, " M"]
+    gamma: Float[Array, " M"]
+    z: Float[Array, " N"]
+    rounding: Float[Array, " N"]
+    usable: Bool[Array, ""]
+    num_products: Int[Array, ""]  # of an iterative solve
+
+
+class AbstractPosterior(eqx.Module):
+    # Of z, given the conditions of a linearised problem. Not differentiable.
+
+    @abc.abstractmethod
+    def from_weights(self, weights: Float[Array, " M"]) -> Float[Array, " N"]:
+        # S k phi^T w
+        pass
+
+    @abc.abstractmethod
+    def to_conditions(self, dz: Float[Array, " N"]) -> Float[Array, " M"]:
+        # The transpose of that.
+        pass
+
+    @abc.abstractmethod
+    def covariance(self, dz: Float[Array, " N"]) -> Float[Array, " N"]:
+        # S (k - k phi^T G^-1 phi k) S^T dz
+        pass
+
+
+class AbstractSystem(eqx.Module):
+    # With functionals phi and G = phi k phi^T + Gamma. What belongs to one
+    # linearisation is its `factor`. A problem can have readings; their functionals are
+    # not among phi.
+
+    @abc.abstractmethod
+    def no_factor(self, problem: Problem) -> PyTree[Array]:
+        # In place of one, before there is any.
+        pass
+
+    @abc.abstractmethod
+    def regress(
+        self,
+        problem: Problem,
+        linearised: Linearised,
+        jitter: Float[Array, ""],
+        last: tuple[PyTree[Array], Float[Array, " M"]],
+    ) -> Regression:
+        # `last`: the factor and the weights of the step before.
+        pass
+
+    @abc.abstractmethod
+    def solve(
+        self,
+        problem: Problem,
+        linearised: Linearised,
+        jitter: Float[Array, ""],
+        factor: PyTree[Array],
+        vector: Float[Array, " M"],
+    ) -> Float[Array, " M"]:
+        # G^-1 v. Differentiable in everything but the factor.
+        pass
+
+    @abc.abstractmethod
+    def changes(
+        self,
+        problem: Problem,
+        linearised: Linearised,
+        factor: PyTree[Array],
+        weights: Float[Array, " M"],
+    ) -> tuple[Float[Array, " M"], Float[Array, " N"]]:
+        # What k phi^T w contributes to the conditions and to z, also where z is only
+        # read. Differentiable in everything but the factor.
+        pass
+
+    @abc.abstractmethod
+    def posterior(
+        self,
+        problem: Problem,
+        linearised: Linearised,
+        jitter: Float[Array, ""],
+        factor: PyTree[Array],
+    ) -> AbstractPosterior:
+        pass
+
+    @abc.abstractmethod
+    def read(
+        self,
+        problem: Problem,
+        linearised: Linearised,
+        factor: PyTree[Array],
+        weights: Float[Array, " M"],
+        bent: list[Array] | None,
+    ) -> Float[Array, " R"]:
+        # What is read of k (phi^T w + S^T b), for `b` as jets of the conditions.
+        pass
+
+    @abc.abstractmethod
+    def read_transposed(
+        self,
+        problem: Problem,
+        linearised: Linearised,
+        factor: PyTree[Array],
+        read: Float[Array, " R"],
+    ) -> tuple[Float[Array, " N"], Float[Array, " M"]]:
+        # The transpose of that, for `b` as entries of z.
+        pass
+
+    @abc.abstractmethod
+    def jets(
+        self,
+        problem: Problem,
+        linearised: Linearised,
+        factor: PyTree[Array],
+        weights: Float[Array, " M"],
+        jets: Jets,
+        points: Float[Array, "n d"],
+    ) -> Float[Array, "n p"]:
+        # Of k phi^T w. Differentiable.
+        pass
+
+    @abc.abstractmethod
+    def covariances(
+        self,
+        problem: Problem,
+        linearised: Linearised,
+        factor: PyTree[Array],
+        blocks: Sequence[Block],
+        joint: bool,
+    ) -> tuple[Array, Float[Array, "m M"]]:
+        # Of other functionals: with each other, or only their variances, and with the
+        # conditions.
+        pass
+
+    @abc.abstractmethod
+    def gram(
+        self, problem: Problem, linearised: Linearised, jitter: Float[Array, ""]
+    ) -> GramOperator:
+        # G, as something that can become a matrix.
+        pass
+
+
+#
+# A dense matrix and its factorisation
+#
+
+
+# A linear solve whose residual is larger than this, relatively, is of no use.
+_USABLE = 1e-3
+
+
+def usable(weights, z, *small_and_large) -> Bool[Array, ""]:
+    # Whether all is finite, and what should be small is, relatively.
+    good = jnp.all(jnp.isfinite(weights)) & jnp.all(jnp.isfinite(z))
+    for small, large in small_and_large:
+        size = jnp.max(jnp.abs(large), initial=0)
+        good = good & (jnp.max(jnp.abs(small), initial=0) <= _USABLE * size)
+    return good
+
+
+class _DensePosterior(AbstractPosterior):
+    prior: Float[Array, "N N"]
+    rows: Float[Array, "N M"]
+    gram: GramOperator
+    linear_solver: lx.AbstractLinearSolver
+    factor: PyTree[Array]
+
+    def from_weights(self, weights):
+        return self.rows @ weights
+
+    def to_conditions(self, dz):
+        return self.rows.T @ dz
+
+    def covariance(self, dz):
+        given = self.rows.T @ dz
+        solved = gram_solve(self.gram, given, self.linear_solver, self.factor)
+        return self.prior @ dz - self.rows @ solved
+
+
+class DenseSystem(AbstractSystem):
+    linear_solver: lx.AbstractLinearSolver
+
+    def no_factor(self, problem):
+        # Of the identity, if the solver is `lx.Cholesky`, for what comes of it to be
+        # finite if there never is another one. A factorisation would cost as much as a
+        # step.
+        def init(matrix):
+            tags = lx.positive_semidefinite_tag
+            return self.linear_solver.init(lx.MatrixLinearOperator(matrix, tags), {})
+
+        def trivial(x):
+            if x.shape == matrix.shape:
+                return jnp.eye(problem.size, dtype=x.dtype)
+            return jnp.zeros(x.shape, x.dtype)
+
+        matrix = jax.ShapeDtypeStruct((problem.size, problem.size), problem.dtype)
+        struct = eqx.filter_eval_shape(init, matrix)
+        is_struct = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+        return jax.tree.map(lambda x: trivial(x) if is_struct(x) else x, struct)
+
+    def regress(self, problem, linearised, jitter, last):
+        del last
+        gamma = noise_variances(problem, jitter)
+        operator = dense(GramOperator(problem.kernels, linearised.functionals, gamma))
+        factor = self.linear_solver.init(operator, {})
+        solve = lambda b: gram_solve(operator, b, self.linear_solver, factor)
+        rhs = linearised.rhs
+        weights = solve(rhs)
+        # Solving once more for what is left is one step of iterative refinement. Its
+        # size is what rounding does to the result.
+        remainder = rhs - operator.mv(weights)
+        correction = solve(remainder)
+        if problem.z_size == 0:
+            z = rounding = jnp.zeros(0, problem.dtype)
+        else:
+            read = z_functionals(problem)
+            rows = covariance(problem.kernels, read, linearised.functionals)
+            z = prior_z(problem) + rows @ (weights + correction)
+            rounding = rows @ correction
+        weights = weights + correction
+        good = usable(weights, z, (remainder, rhs), (rounding, z))
+        none = jnp.array(0)
+        return Regression(factor, weights, gamma, z, rounding, good, none)
+
+    def solve(self, problem, linearised, jitter, factor, vector):
+        operator = self.gram(problem, linearised, jitter)
+        return gram_solve(operator, vector, self.linear_solver, factor)
+
+    def changes(self, problem, linearised, factor, weights):
+        del factor
+        jets = jet_changes(problem, linearised.functionals, weights)
+        applied = jacobian_product(problem, linearised.jacobians, jets)
+        return applied, select(problem, jets)
+
+    def posterior(self, problem, linearised, jitter, factor):
+        read, functionals = z_functionals(problem), linearised.functionals
+        prior = covariance(problem.kernels, read, read)
+        rows = covariance(problem.kernels, read, functionals)
+        gram = self.gram(problem, linearised, jitter)
+        return _DensePosterior(prior, rows, gram, self.linear_solver, factor)
+
+    def read(self, problem, linearised, factor, weights, bent):
+        del factor
+        conditions, jacobians = problem.conditions, linearised.jacobians
+        jets = transposed_jacobian_product(conditions, jacobians, weights)
+        if bent is not None:
+            jets = [jet + b for jet, b in zip(jets, bent)]
+        return flat(jet_products(problem.readings, conditions, jets))
+
+    def read_transposed(self, problem, linearised, factor, read):
+        del factor
+        conditions, readings = problem.conditions, problem.readings
+        jets = jet_products(conditions, readings, split(readings, read))
+        bent = select(conditions, jets)
+        return bent, jacobian_product(conditions, linearised.jacobians, jets)
+
+    def jets(self, problem, linearised, factor, weights, jets, points):
+        del factor
+        block, functionals = Block(points, None, jets), linearised.functionals
+        product = covariance_product(problem.kernels, (block,), functionals, weights)
+        return product.reshape(len(points), len(jets))
+
+    def covariances(self, problem, linearised, factor, blocks, joint):
+        del factor
+        rows = covariance(problem.kernels, blocks, linearised.functionals)
+        if joint:
+            return covariance(problem.kernels, blocks, blocks), rows
+        return variances(problem.kernels, blocks), rows
+
+    def gram(self, problem, linearised, jitter):
+        gamma = noise_variances(problem, jitter)
+        return GramOperator(problem.kernels, linearised.functionals, gamma)
+
+
+def gram_solve(
+    operator: lx.AbstractLinearOperator,
+    vector: Float[Array, " M"],
+    linear_solver: lx.AbstractLinearSolver,
+    factor: PyTree,
+) -> Float[Array, " M"]:
+    # Differentiable in both by the rule for linear solves, and never through the
+    # factorisation, which is given: `factor` is what `linear_solver` made of it.
+    return lx.linear_solve(
+        operator, vector, linear_solver, state=factor, throw=False
+    ).value
