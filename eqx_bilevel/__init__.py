@@ -71,6 +71,7 @@ from ._quasi_newton import BoundedBFGS as BoundedBFGS
 from ._results import RESULTS as RESULTS
 from ._solution import Solution as Solution
 from ._solve import solve as solve
+from ._sparse import SparseCholesky as SparseCholesky
 from ._uncertainty import (
     HyperparameterPosterior as HyperparameterPosterior,
     laplace as laplace,

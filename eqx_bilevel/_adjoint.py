@@ -17,7 +17,6 @@ from ._krylov import FixedPointGMRES
 from ._linearised import (
     block_product,
     curvatures,
-    embed,
     join,
     linearise,
     Linearised,
@@ -240,12 +239,9 @@ def _hessian_product(state: _System, dz):
 
 def _read(state: _System, z, weights) -> Array:
     # By how much what is only read changes with z and w: the rest of the first row.
-    conditions = state.problem.conditions
     if state.problem.readings.z_size == 0:
         return z[:0]
-    bent = None
-    if state.hessian is not None:
-        bent = embed(conditions, _hessian_product(state, z))
+    bent = None if state.hessian is None else _hessian_product(state, z)
     at = state.problem, state.linearised, state.factor
     return state.system.read(*at, weights, bent)
 

@@ -304,6 +304,22 @@ def _nonlinear(operator, unknowns, jets, point) -> tuple[int, ...]:
     return tuple(sorted(jumps.union(*_dependences(jaxpr, inputs, jumps))))
 
 
+def dependences(
+    operator: Callable, unknowns: Unknowns, trace: Trace, x: Float[Array, " d"]
+) -> tuple[frozenset[int], ...]:
+    # On which entries of its jets each scalar that an operator returns may depend:
+    # those of one array on the same. Whatever the values are.
+    def leaves(x, *values):
+        out = evaluate(operator, unknowns, trace.jets, values, x)
+        return [jnp.asarray(leaf) for leaf in jax.tree.leaves(out)]
+
+    scalars = [jnp.zeros((), x.dtype)] * len(trace.jets)
+    jaxpr = jax.make_jaxpr(leaves)(x, *scalars).jaxpr
+    inputs = [frozenset(), *[frozenset([i]) for i in range(len(trace.jets))]]
+    each = zip(_dependences(jaxpr, inputs, set()), trace.shapes)
+    return tuple(used for used, shape in each for _ in range(math.prod(shape)))
+
+
 # Primitives that just call their `jaxpr` on their operands.
 _CALLS = ("jit", "pjit", "closed_call", "remat", "remat2", "checkpoint")
 # Those whose derivative may be zero although they are not constant. So are all that

@@ -261,10 +261,14 @@ def build(prior, conditions: Sequence[Condition]) -> Problem:
     return Problem(kernels, _in_order(rows))
 
 
-def _in_order(rows: Sequence[Rows]) -> tuple[Rows, ...]:
+def row_order(traces: Sequence[Trace]) -> list[int]:
     # Those with the same derivatives stand together, and share blocks.
-    key = lambda r: (r.trace.jets, r.trace.size, r.trace.nonlinear)
-    return tuple(sorted(rows, key=key))
+    key = lambda i: (traces[i].jets, traces[i].size, traces[i].nonlinear)
+    return sorted(range(len(traces)), key=key)
+
+
+def _in_order(rows: Sequence[Rows]) -> tuple[Rows, ...]:
+    return tuple(rows[i] for i in row_order([r.trace for r in rows]))
 
 
 def with_readings(

@@ -1,5 +1,6 @@
 """The inner problem's entry point."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from ._problem import (
 )
 from ._results import RESULTS
 from ._solution import Solution
+from ._sparse import SparseCholesky
 from ._system import AbstractSystem
 
 
@@ -108,7 +110,18 @@ def solve(
         if unknown:
             raise ValueError(f"`initial` is for unknown function(s) {unknown}.")
     initial = functions_as_pytrees(initial)
+    solver = with_system(solver, prior, conditions)
     return _solve(prior, conditions, solver, adjoint, initial, max_steps, throw)
+
+
+def with_system(
+    solver: GaussNewton, prior: Any, conditions: list[Condition]
+) -> GaussNewton:
+    # With all that can be prepared before compiling.
+    system = solver.linear_solver
+    if isinstance(system, SparseCholesky):
+        system = system.prepared(prior, conditions)
+    return dataclasses.replace(solver, linear_solver=system)
 
 
 def check_num_steps(num: int, name: str) -> None:

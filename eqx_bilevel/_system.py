@@ -23,6 +23,7 @@ from ._gram import (
     variances,
 )
 from ._linearised import (
+    embed,
     flat,
     jacobian_product,
     jet_changes,
@@ -130,9 +131,9 @@ class AbstractSystem(eqx.Module):
         linearised: Linearised,
         factor: PyTree[Array],
         weights: Float[Array, " M"],
-        bent: list[Array] | None,
+        bent: Float[Array, " N"] | None,
     ) -> Float[Array, " R"]:
-        # What is read of k (phi^T w + S^T b), for `b` as jets of the conditions.
+        # What is read of k (phi^T w + S^T b). The linearisation is of the conditions.
         pass
 
     @abc.abstractmethod
@@ -143,7 +144,7 @@ class AbstractSystem(eqx.Module):
         factor: PyTree[Array],
         read: Float[Array, " R"],
     ) -> tuple[Float[Array, " N"], Float[Array, " M"]]:
-        # The transpose of that, for `b` as entries of z.
+        # The transpose of that, to `b` and w.
         pass
 
     @abc.abstractmethod
@@ -284,7 +285,7 @@ class DenseSystem(AbstractSystem):
         conditions, jacobians = problem.conditions, linearised.jacobians
         jets = transposed_jacobian_product(conditions, jacobians, weights)
         if bent is not None:
-            jets = [jet + b for jet, b in zip(jets, bent)]
+            jets = [jet + b for jet, b in zip(jets, embed(conditions, bent))]
         return flat(jet_products(problem.readings, conditions, jets))
 
     def read_transposed(self, problem, linearised, factor, read):

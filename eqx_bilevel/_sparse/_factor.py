@@ -11,12 +11,12 @@ makes products and solves alike cheap.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
+import lineax as lx
 from jaxtyping import Array, Float, Int
 
 from .._gram import Block, covariance, Kernels, one_sides
@@ -69,6 +69,10 @@ class Pattern(eqx.Module):
         return Pattern(*parents, columns, num_values, size, of_values)
 
     @property
+    def nodes(self):
+        return self.value_parents, self.other_parents, self.columns
+
+    @property
     def parents(self) -> Int[Array, "s p"]:
         return jnp.concatenate([self.value_parents, self.other_parents], axis=1)
 
@@ -85,37 +89,61 @@ class _Part(eqx.Module):
     inverse: Float[Array, "s c c"]
 
 
-def _part(kernels, functionals: Functionals, pattern: Pattern, nugget, noise) -> _Part:
-    n = pattern.num_values
+class Prior(eqx.Module):
+    # Of some functionals: K plus a diagonal, with variances of `noise`, and a `nugget`
+    # relative to the variance of each functional.
+    kernels: Kernels
+    functionals: Functionals
+    nugget: Float[Array, ""]
+    noise: Float[Array, " n"]
 
-    def one(nodes):
-        values, others, columns = nodes
-        index = jnp.concatenate([values, others, columns])
+    def __init__(self, kernels, functionals: Functionals, nugget, noise=None):
+        if noise is None:
+            noise = jnp.zeros(functionals.size, functionals.values.points.dtype)
+        self.kernels = kernels
+        self.functionals = functionals.with_sides(kernels)
+        self.nugget = jnp.asarray(nugget, noise.dtype)
+        self.noise = noise
+
+    def matrix(
+        self, values: Int[Array, " v"], others: Int[Array, " o"]
+    ) -> Float[Array, "m m"]:
+        # Of some of them.
+        blocks = self.functionals.at(values, others)
+        matrix = covariance(self.kernels, blocks, blocks)
+        index = jnp.concatenate([values, others + len(self.functionals.values.points)])
+        added = self.nugget * jnp.diagonal(matrix) + self.noise[index]
+        return matrix + jnp.diag(added)
+
+    def regression(self, pattern: Pattern, node):
+        # W, L and L^-1 of one supernode.
+        n = pattern.num_values
+        values, others, columns = node
+        fill = jnp.concatenate([values, others, columns]) == pattern.size
         if pattern.of_values:
             values = jnp.concatenate([values, columns])
         else:
             others = jnp.concatenate([others, columns])
-        fill = index == pattern.size
         # What is filled up is independent of all else.
         values = jnp.minimum(values, max(n - 1, 0))
         others = jnp.clip(others - n, 0, max(pattern.size - n - 1, 0))
-        blocks = functionals.at(values, others)
-        matrix = covariance(kernels, blocks, blocks)
-        added = nugget * jnp.diagonal(matrix) + noise.at[index].get(mode="clip")
-        return _regression(matrix + jnp.diag(added), fill, len(columns))
-
-    nodes = pattern.value_parents, pattern.other_parents, pattern.columns
-    parts = jax.lax.map(one, nodes)
-    return _Part(pattern.parents, pattern.columns, *parts)
+        return regression(self.matrix(values, others), fill, len(columns))
 
 
-def _regression(matrix, fill, num_columns: int):
+# In place of the standard deviation of a functional that is zero, such as a term of an
+# equation whose coefficient is.
+_NOTHING = 1e-30
+
+
+def regression(matrix, fill, num_columns: int):
     # W, L and L^-1, from correlations: the units of functionals can be very different.
     keep = jnp.invert(fill).astype(matrix.dtype)
-    scale = jnp.sqrt(jnp.where(fill, 1, jnp.diagonal(matrix)))
+    variance = jnp.where(fill, 1, jnp.diagonal(matrix))
+    zero = variance == 0
+    scale = jnp.where(zero, _NOTHING, jnp.sqrt(jnp.where(zero, 1, variance)))
     matrix = matrix * (keep / scale)[:, None] * (keep / scale)[None, :]
     identity = jnp.eye(len(matrix), dtype=matrix.dtype)
-    matrix = jnp.where(identity > 0, 1, matrix)
+    matrix = jnp.where(identity > 0, jnp.where(zero | fill, 1, matrix), matrix)
     factor = jsl.cholesky(matrix, lower=True)
     m = len(matrix) - num_columns
     weights = jsl.solve_triangular(
@@ -204,17 +232,70 @@ def _extended(vector):
     return jnp.concatenate([vector, jnp.zeros_like(vector[:1])])
 
 
-def factorise(
-    kernels: Kernels,
-    functionals: Functionals,
+def factorise(prior: Prior, pattern: Sequence[Pattern]) -> SparseFactor:
+    parts = []
+    for part in pattern:
+        one = lambda node, part=part: prior.regression(part, node)
+        found = jax.lax.map(one, part.nodes)
+        parts.append(_Part(part.parents, part.columns, *found))
+    return SparseFactor(tuple(parts), prior.functionals.size)
+
+
+#
+# Derivatives
+#
+
+
+def covariance_product(
+    prior: Prior,
     pattern: Sequence[Pattern],
-    nugget: Any,
-    noise: Float[Array, " n"] | None = None,
-) -> SparseFactor:
-    # Of K plus a diagonal: variances of `noise`, and a `nugget` relative to that of
-    # each functional.
-    functionals = functionals.with_sides(kernels)
-    if noise is None:
-        noise = jnp.zeros(functionals.size, functionals.values.points.dtype)
-    parts = tuple(_part(kernels, functionals, p, nugget, noise) for p in pattern)
-    return SparseFactor(parts, functionals.size)
+    factor: SparseFactor,
+    vector: Float[Array, " n"],
+) -> Float[Array, " n"]:
+    # The factor's K v, as a differentiable function of the prior: the solution of
+    # K^-1 x = v, where K^-1 is a sum over supernodes that are computed anew. In reverse
+    # mode too nothing but their results is kept, and nothing is solved one after the
+    # other.
+    operator = lx.FunctionLinearOperator(
+        lambda v: _precision_product(prior, pattern, v),
+        jax.ShapeDtypeStruct(vector.shape, vector.dtype),
+        lx.positive_semidefinite_tag,
+    )
+    solver, state = _Factorised(), jax.lax.stop_gradient(factor)
+    return lx.linear_solve(operator, vector, solver, state=state, throw=False).value
+
+
+def _precision_product(prior: Prior, pattern: Sequence[Pattern], vector):
+    given = _extended(vector)
+    out = jnp.zeros_like(given)
+    for part in pattern:
+
+        def one(node, part=part):
+            values, others, columns = node
+            weights, _, inverse = prior.regression(part, node)
+            parents = given[jnp.concatenate([values, others])]
+            v = inverse.T @ (inverse @ (given[columns] - parents @ weights))
+            return -weights @ v, v
+
+        to_parents, to_columns = jax.lax.map(jax.checkpoint(one), part.nodes)
+        out = out.at[part.parents].add(to_parents)
+        out = out.at[part.columns].add(to_columns)
+    return out[:-1]
+
+
+class _Factorised(lx.AbstractLinearSolver):
+    # Of K^-1, given the factor.
+    def init(self, operator, options):
+        raise NotImplementedError("The factor is given.")
+
+    def compute(self, state: SparseFactor, vector, options):
+        return state.covariance(vector), lx.RESULTS.successful, {}
+
+    def transpose(self, state, options):
+        return state, options
+
+    def conj(self, state, options):
+        return state, options
+
+    def assume_full_rank(self):
+        return True

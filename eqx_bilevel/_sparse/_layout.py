@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._gram import Block
-from .._linearised import flat, linearise, prior_z, split_weights
-from .._problem import Problem, Rows
+from .._jets import Index, Trace
+from .._linearised import flat, split_weights
+from .._problem import Problem
 from ._factor import Functionals
 
 
@@ -33,10 +34,30 @@ class Term(eqx.Module):
     component: int | None = eqx.field(static=True)
 
 
+class Use(NamedTuple):
+    # Some functionals at the points of a condition: combinations of entries of its jet.
+    row: int
+    unknown: str
+    entry: int | None
+    component: int | None
+    entries: tuple[int, ...]
+
+
 class Layout(eqx.Module):
     # All functionals of a problem, by unknown, and how the conditions use them.
-    functionals: dict[str, Functionals]
+    values: dict[str, Float[Array, "v d"]]  # where
     terms: tuple[Term, ...]
+    uses: tuple[Use, ...] = eqx.field(static=True)
+    sizes: tuple[tuple[str, int], ...] = eqx.field(static=True)
+
+    def functionals(self, problem: Problem, jacobians) -> dict[str, Functionals]:
+        out = {}
+        for name, points in self.values.items():
+            value = ((name, (0,) * points.shape[1]),)
+            uses = [use for use in self.uses if use.unknown == name]
+            others = _others(problem, jacobians, uses, points[:0])
+            out[name] = Functionals(Block(points, None, value), others)
+        return out
 
     def apply(self, problem: Problem, jacobians, vectors: Vectors):
         # J v
@@ -54,106 +75,119 @@ class Layout(eqx.Module):
         # J^T w
         parts = split_weights(problem, weights)
         parts = [r.at_points(part) for r, part in zip(problem.rows, parts)]
-        new = lambda f: jnp.zeros(f.size, weights.dtype)
-        out = {name: new(f) for name, f in self.functionals.items()}
+        adds = []
         for t in self.terms:
             if t.entry is None:
-                add = parts[t.row][:, t.component]
+                adds.append(parts[t.row][:, t.component])
             else:
-                add = jnp.sum(jacobians[t.row][:, :, t.entry] * parts[t.row], axis=1)
-            out[t.unknown] = out[t.unknown].at[t.index].add(add)
-        return out
+                here = jacobians[t.row][:, :, t.entry]
+                adds.append(jnp.sum(here * parts[t.row], axis=1))
+        return self._collect(adds, self.terms)
 
     def read_z(self, problem: Problem, vectors: Vectors) -> Float[Array, " N"]:
         # The entries that enter nonlinearly.
-        index = {(t.row, t.entry): t for t in self.terms}
         parts = []
         for i, row in enumerate(problem.rows):
-            terms = [index[i, entry] for entry in row.trace.nonlinear]
-            read = [vectors[t.unknown][t.index] for t in terms]
+            read = [vectors[t.unknown][t.index] for t in self._z_terms(i, row.trace)]
             parts.append(jnp.stack(read, axis=1) if read else row.mean[:, :0])
         return flat(parts)
 
+    def read_z_transposed(self, problem: Problem, parts: Sequence[Array]) -> Vectors:
+        # Of z, split over the conditions.
+        adds, terms = [], []
+        for i, (row, part) in enumerate(zip(problem.rows, parts)):
+            new = self._z_terms(i, row.trace)
+            adds.extend(part.T[: len(new)])
+            terms.extend(new)
+        return self._collect(adds, terms)
 
-class _Use(NamedTuple):
-    # Some functionals at the points of a condition.
-    row: int
-    unknown: str
-    entry: int | None
-    component: int | None
-    coefficients: np.ndarray  # (n, p), by jet
-    jets: tuple
+    def _z_terms(self, i: int, trace: Trace) -> list[Term]:
+        index = {t.entry: t for t in self.terms if t.row == i}
+        return [index[entry] for entry in trace.nonlinear]
+
+    def _collect(self, adds: Sequence[Array], terms: Sequence[Term]) -> Vectors:
+        dtype = next(iter(self.values.values())).dtype
+        out = {name: jnp.zeros(n, dtype) for name, n in self.sizes}
+        for add, t in zip(adds, terms):
+            out[t.unknown] = out[t.unknown].at[t.index].add(add)
+        return out
 
 
-def _uses(i: int, row: Rows, jacobian: np.ndarray) -> list[_Use]:
+def _others(problem: Problem, jacobians, uses: Sequence[Use], nowhere) -> Block:
+    # One block of them all, with one functional at each point.
+    jet = lambda use, e: problem.rows[use.row].trace.jets[e]
+    jets = tuple(dict.fromkeys(jet(use, e) for use in uses for e in use.entries))
+    points, parts = [nowhere], [jnp.zeros((0, 1, len(jets)), nowhere.dtype)]
+    for use in uses:
+        row, jacobian = problem.rows[use.row], jacobians[use.row]
+        n, where = (
+            len(row.points),
+            jnp.array([jets.index(jet(use, e)) for e in use.entries]),
+        )
+        if use.component is None:
+            given = jnp.ones((n, 1), nowhere.dtype)
+        else:
+            given = jacobian[:, use.component, jnp.array(use.entries)]
+        full = jnp.zeros((n, 1, len(jets)), nowhere.dtype)
+        points.append(row.points)
+        parts.append(full.at[:, 0, where].set(given))
+    return Block(jnp.concatenate(points), jnp.concatenate(parts), jets)
+
+
+class Row(NamedTuple):
+    # What is known of a condition before anything is computed.
+    points: Float[np.ndarray, "n d"]
+    trace: Trace
+    entries: tuple[frozenset[int], ...]  # on which each component depends
+
+
+def _is_value(jet: tuple[str, Index]) -> bool:
+    return not any(jet[1])
+
+
+def _uses(i: int, row: Row) -> list[Use]:
     # What is needed besides values.
     jets, nonlinear = row.trace.jets, row.trace.nonlinear
-    derivative = [e for e, (_, index) in enumerate(jets) if any(index)]
-    n, out = len(row.points), []
-    for e in derivative:
-        if e in nonlinear:
-            out.append(_Use(i, jets[e][0], e, None, np.ones((n, 1)), (jets[e],)))
-    for name in sorted({jets[e][0] for e in derivative}):
-        linear = [e for e in derivative if e not in nonlinear and jets[e][0] == name]
-        for q in range(jacobian.shape[1]):
-            used = [e for e in linear if np.any(jacobian[:, q, e] != 0)]
-            if used:
-                chosen = tuple(jets[e] for e in used)
-                coefficients = jacobian[:, q][:, used]
-                out.append(_Use(i, name, None, q, coefficients, chosen))
+    derivatives = [e for e, jet in enumerate(jets) if not _is_value(jet)]
+    out = [Use(i, jets[e][0], e, None, (e,)) for e in derivatives if e in nonlinear]
+    for q, entries in enumerate(row.entries):
+        linear = [e for e in derivatives if e in entries and e not in nonlinear]
+        for name in sorted({jets[e][0] for e in linear}):
+            chosen = tuple(e for e in linear if jets[e][0] == name)
+            out.append(Use(i, name, None, q, chosen))
     return out
 
 
-def layout(problem: Problem) -> Layout:
-    jacobians = linearise(problem, prior_z(problem)).jacobians
-    functionals, terms = {}, []
-    uses = [
-        use
-        for i, (row, jacobian) in enumerate(zip(problem.rows, jacobians))
-        for use in _uses(i, row, np.asarray(jacobian))
-    ]
-    for name in problem.kernels:
-        points, where = _value_points(problem, name)
-        for i, row in enumerate(problem.rows):
-            for e, (unknown, index) in enumerate(row.trace.jets):
-                if unknown == name and not any(index):
+def layout(rows: Sequence[Row]) -> Layout:
+    uses = [use for i, row in enumerate(rows) for use in _uses(i, row)]
+    values, terms, sizes = {}, [], []
+    names = dict.fromkeys(name for row in rows for name, _ in row.trace.jets)
+    for name in names:
+        points, where = value_points(rows, name)
+        values[name] = jnp.asarray(points)
+        for i, row in enumerate(rows):
+            for e, jet in enumerate(row.trace.jets):
+                if jet[0] == name and _is_value(jet):
                     terms.append(Term(jnp.asarray(where[i]), i, name, e, None))
-        others, new = _others(
-            problem, len(points), [u for u in uses if u.unknown == name]
-        )
-        value = ((name, (0,) * points.shape[1]),)
-        functionals[name] = Functionals(Block(jnp.asarray(points), None, value), others)
-        terms.extend(new)
-    return Layout(functionals, tuple(terms))
+        start = len(points)
+        for use in uses:
+            if use.unknown == name:
+                index = jnp.arange(start, start + len(rows[use.row].points))
+                start += len(index)
+                terms.append(Term(index, use.row, name, use.entry, use.component))
+        sizes.append((name, start))
+    return Layout(values, tuple(terms), tuple(uses), tuple(sizes))
 
 
-def _value_points(problem: Problem, name: str) -> tuple[np.ndarray, dict]:
+def value_points(rows: Sequence[Row], name: str) -> tuple[np.ndarray, dict]:
     # All different points of conditions on an unknown, and which are whose.
-    rows = {
-        i: np.asarray(row.points)
-        for i, row in enumerate(problem.rows)
+    used = {
+        i: row.points
+        for i, row in enumerate(rows)
         if name in {unknown for unknown, _ in row.trace.jets}
     }
     points, where = np.unique(
-        np.concatenate(list(rows.values())), axis=0, return_inverse=True
+        np.concatenate(list(used.values())), axis=0, return_inverse=True
     )
-    ends = np.cumsum([len(p) for p in rows.values()])
-    return points, dict(zip(rows, np.split(where.reshape(-1), ends[:-1])))
-
-
-def _others(problem: Problem, start: int, uses: Sequence[_Use]):
-    # One block of them all, with one functional at each point.
-    jets = tuple(dict.fromkeys(jet for use in uses for jet in use.jets))
-    dim, dtype = problem.rows[0].points.shape[1], problem.dtype
-    points, coefficients, terms = [np.zeros((0, dim))], [np.zeros((0, len(jets)))], []
-    for use in uses:
-        at = np.asarray(problem.rows[use.row].points)
-        full = np.zeros((len(at), len(jets)))
-        full[:, [jets.index(jet) for jet in use.jets]] = use.coefficients
-        index = jnp.arange(start, start + len(at))
-        start += len(at)
-        points.append(at)
-        coefficients.append(full)
-        terms.append(Term(index, use.row, use.unknown, use.entry, use.component))
-    join = lambda parts: jnp.asarray(np.concatenate(parts), dtype)
-    return Block(join(points), join(coefficients)[:, None, :], jets), terms
+    ends = np.cumsum([len(p) for p in used.values()])
+    return points, dict(zip(used, np.split(where.reshape(-1), ends[:-1])))

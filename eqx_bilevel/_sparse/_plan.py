@@ -1,33 +1,35 @@
 """What can be prepared for a problem before compiling: orderings and patterns."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from .._condition import Condition, is_concrete
 from .._gram import Block
+from .._jets import dependences, Trace
 from .._linearised import Linearised
-from .._problem import Problem, Rows
-from ._factor import factorise, Functionals, Pattern, SparseFactor
-from ._layout import Layout, layout
+from .._parameters import unwrap
+from .._problem import condition_name, names_of, Problem, row_order, trace_conditions
+from ._factor import Functionals, Pattern, Prior
+from ._layout import Layout, layout, Row, value_points
 from ._pattern import following, ordered, supernodes
 
 
 class Plan(eqx.Module):
-    # Of the points, of which derivatives are used, and of the coefficients with which
-    # some enter conditions linearly: the same for all kernels and all targets.
+    # Of the points, and of which derivatives are used: the same for all kernels,
+    # targets and coefficients.
     layout: Layout
     patterns: dict[str, tuple[Pattern, ...]]  # of the functionals of each unknown
     conditions: "ConditionsPlan"
 
-    def factorise(self, problem: Problem, nugget) -> dict[str, SparseFactor]:
-        # For all steps: it does not depend on where conditions are linearised.
-        return {
-            name: factorise(problem.kernels, functionals, self.patterns[name], nugget)
-            for name, functionals in self.layout.functionals.items()
-        }
+    def priors(self, problem: Problem, jacobians, nugget) -> dict[str, Prior]:
+        # The same for all steps: they do not depend on where conditions are linearised.
+        functionals = self.layout.functionals(problem, jacobians)
+        return {n: Prior(problem.kernels, f, nugget) for n, f in functionals.items()}
 
 
 class ConditionsPlan(eqx.Module):
@@ -37,49 +39,64 @@ class ConditionsPlan(eqx.Module):
     order: Int[Array, " M"]
     inverse: Int[Array, " M"]
 
-    def factorise(
+    def prior(
         self, problem: Problem, linearised: Linearised, gamma: Float[Array, " M"]
-    ) -> SparseFactor:
+    ) -> Prior:
         functionals = _functionals(problem, linearised)
-        noise = gamma[self.order]
-        return factorise(problem.kernels, functionals, self.pattern, 0.0, noise)
+        return Prior(problem.kernels, functionals, 0.0, gamma[self.order])
 
 
 def plan(
-    problem: Problem,
+    prior: Any,
+    conditions: Sequence[Condition],
     *,
-    rho: tuple[float, float] = (6.0, 3.0),
-    rho_conditions: float = 4.0,
+    rho: tuple[float, float],
+    rho_conditions: float,
     scale: ArrayLike = 1.0,
 ) -> Plan:
     # Functionals are conditioned on others that are at most `rho` lengthscales away:
     # values, which need more, and all others. `rho_conditions` is that of the
-    # preconditioner. Coordinates are divided by `scale`, which for kernels with a
-    # lengthscale for each dimension should be these.
-    scale = np.broadcast_to(scale, problem.rows[0].points.shape[1:])
-    if any(row.sum_over > 1 for row in problem.rows):
-        raise ValueError(
-            "Conditions with `quadrature` have no sparse factor: solve this problem "
-            "with a dense one."
-        )
-    if not (min(*rho, rho_conditions) > 1 and np.all(scale > 0)):
-        raise ValueError(
-            "`rho` and `rho_conditions` must be greater than 1 and `scale` positive, "
-            f"got {rho}, {rho_conditions} and {scale}."
-        )
-    whole = layout(problem)
-    patterns = {
-        name: _pattern(functionals, rho, scale)
-        for name, functionals in whole.functionals.items()
-    }
-    conditions = _of_conditions(problem, rho_conditions, scale)
-    return Plan(whole, patterns, conditions)
+    # preconditioner. Coordinates are divided by `scale`.
+    scale = np.broadcast_to(np.asarray(scale), conditions[0].points.shape[1:])
+    rows = _rows(prior, conditions)
+    whole = layout(rows)
+    patterns = {}
+    for name in whole.values:
+        points = [rows[u.row].points for u in whole.uses if u.unknown == name]
+        others = np.concatenate([np.zeros((0, len(scale))), *points])
+        values, _ = value_points(rows, name)
+        patterns[name] = _pattern(values, others, rho, scale)
+    return Plan(whole, patterns, _of_conditions(rows, rho_conditions, scale))
 
 
-def _pattern(functionals: Functionals, rho, scale) -> tuple[Pattern, ...]:
-    values = ordered(np.asarray(functionals.values.points) / scale)
-    others = following(np.asarray(functionals.others.points) / scale, values)
-    return _patterns(values, others, rho)
+def _rows(prior: Any, conditions: Sequence[Condition]) -> list[Row]:
+    # In the order of a problem's rows.
+    for i, condition in enumerate(conditions):
+        name = condition_name(condition, i)
+        if condition.quadrature is not None:
+            raise ValueError(
+                f"Condition {name!r} has a `quadrature`: `SparseCholesky` is for "
+                "conditions at points. Use `lineax.Cholesky()`."
+            )
+        if not is_concrete(condition.points):
+            raise ValueError(
+                f"The points of condition {name!r} are traced, by `jax.jit` for "
+                "instance: `SparseCholesky` has to know them. Make them a constant, or "
+                "use `lineax.Cholesky()`."
+            )
+    prior, conditions = unwrap((prior, list(conditions)))
+    traces, unknowns = trace_conditions(prior, conditions), names_of(prior)
+    rows = []
+    for condition, trace in zip(conditions, traces):
+        points = np.asarray(condition.points)
+        entries = dependences(condition.operator, unknowns, trace, condition.points[0])
+        rows.append(Row(points, trace, entries))
+    return [rows[i] for i in row_order(traces)]
+
+
+def _pattern(values, others, rho, scale) -> tuple[Pattern, ...]:
+    first = ordered(values / scale)
+    return _patterns(first, following(others / scale, first), rho)
 
 
 def _patterns(values, others, rho) -> tuple[Pattern, ...]:
@@ -88,28 +105,24 @@ def _patterns(values, others, rho) -> tuple[Pattern, ...]:
     return tuple(Pattern.of(part, *sizes) for part in nodes)
 
 
-def _of_values(row: Rows) -> bool:
-    return not any(any(index) for _, index in row.trace.jets)
+def _groups(traces: Sequence[Trace]) -> tuple[list[int], list[int]]:
+    # Which conditions read values only, and which do not.
+    of_values = [not any(any(index) for _, index in t.jets) for t in traces]
+    first = [i for i, only in enumerate(of_values) if only]
+    return first, [i for i, only in enumerate(of_values) if not only]
 
 
-def _groups(problem: Problem) -> tuple[list[int], list[int]]:
-    used = [i for i, row in enumerate(problem.rows) if row.target.size > 0]
-    values = [i for i in used if _of_values(problem.rows[i])]
-    return values, [i for i in used if i not in values]
-
-
-def _of_conditions(problem: Problem, rho, scale) -> ConditionsPlan:
-    first, second = _groups(problem)
-    rows = problem.rows
+def _of_conditions(rows: Sequence[Row], rho, scale) -> ConditionsPlan:
+    first, second = _groups([row.trace for row in rows])
 
     def points(chosen):
         parts = [np.zeros((0, len(scale)))]
-        parts += [np.repeat(rows[i].points, rows[i].target.shape[1], 0) for i in chosen]
+        parts += [np.repeat(rows[i].points, rows[i].trace.size, 0) for i in chosen]
         return np.concatenate(parts) / scale
 
     values = ordered(points(first))
     others = ordered(points(second), values.points)
-    ends = np.cumsum([row.target.size for row in rows])
+    ends = np.cumsum([len(row.points) * row.trace.size for row in rows])
     index = np.split(np.arange(ends[-1]), ends[:-1])
     order = np.concatenate([index[i] for i in first + second])
     pattern = _patterns(values, others, (rho, rho))
@@ -117,12 +130,8 @@ def _of_conditions(problem: Problem, rho, scale) -> ConditionsPlan:
 
 
 def _functionals(problem: Problem, linearised: Linearised) -> Functionals:
-    first, second = _groups(problem)
-    blocks = [
-        (r.block(jacobian), i)
-        for i, (r, jacobian) in enumerate(zip(problem.rows, linearised.jacobians))
-    ]
-    some = lambda chosen: [block for block, i in blocks if i in chosen]
+    first, second = _groups([row.trace for row in problem.rows])
+    blocks = [r.block(j) for r, j in zip(problem.rows, linearised.jacobians)]
     dim = problem.rows[0].points.shape[1]
     name = next(iter(problem.kernels))
     empty = Block(
@@ -130,7 +139,8 @@ def _functionals(problem: Problem, linearised: Linearised) -> Functionals:
         jnp.zeros((0, 1, 1), problem.dtype),
         ((name, (0,) * dim),),
     )
-    return Functionals(_one_block(some(first), empty), _one_block(some(second), empty))
+    of = lambda chosen: _one_block([blocks[i] for i in chosen], empty)
+    return Functionals(of(first), of(second))
 
 
 def _one_block(blocks: Sequence[Block], empty: Block) -> Block:

@@ -1,0 +1,362 @@
+"""Linear systems by conjugate gradients, with sparse factors in place of a matrix."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Float, PyTree
+
+from .._condition import Condition
+from .._gram import Block, variances
+from .._linearised import join, linearise, Linearised, noise_variances, prior_z, split
+from .._problem import Problem
+from .._system import AbstractPosterior, AbstractSystem, Regression, usable
+from ._factor import covariance_product, factorise, Prior, SparseFactor
+from ._layout import Vectors
+from ._local import of_unknown, predict, Prediction
+from ._plan import Plan, plan
+
+
+class SparseCholesky(AbstractSystem):
+    """For many points: neither the Gram matrix nor its factor is ever computed. Instead
+    the prior covariance of all values and derivatives that conditions use has a sparse
+    inverse Cholesky factor, computed once for all Gauss-Newton steps; and each step is
+    solved by conjugate gradients, preconditioned with a second such factor. Time and
+    memory grow about in proportion to the number of points. See [many
+    points](../scale.md).
+
+    It is for kernels of finite smoothness, [`eqx_bilevel.Matern`][] above all, alone or
+    within others, and for points in few dimensions. For these a value is determined by
+    the values around it: each depends on others at most `rho` times their spacing away.
+    The error of this decreases exponentially with `rho`.
+
+    What it does not offer: conditions with `quadrature`; the evidence and
+    cross-validation; points that are traced, since orderings and neighbours are found
+    before anything is compiled.
+
+    ??? cite "References"
+
+        The factor: F. Schäfer, M. Katzfuss and H. Owhadi, *Sparse Cholesky
+        factorization by Kullback-Leibler minimization*, SIAM J. Sci. Comput. 43 (2021).
+        With derivatives, and its use in Gauss-Newton: Y. Chen, H. Owhadi and
+        F. Schäfer, *Sparse Cholesky factorization for solving nonlinear PDEs via
+        Gaussian processes*, [arXiv:2304.01294](https://arxiv.org/abs/2304.01294).
+    """
+
+    rho: tuple[float, float] = eqx.field(static=True, default=(6.0, 3.0))
+    rho_conditions: float = eqx.field(static=True, default=4.0)
+    rtol: float = eqx.field(static=True, default=1e-9)
+    max_steps: int = eqx.field(static=True, default=300)
+    _plan: Plan | None = None
+
+    def __check_init__(self):
+        if len(self.rho) != 2 or not min(*self.rho, self.rho_conditions) > 1:
+            raise ValueError(
+                "`rho`, a pair, and `rho_conditions` must be greater than 1, got "
+                f"{self.rho} and {self.rho_conditions}."
+            )
+
+    def prepared(self, prior: Any, conditions: Sequence[Condition]) -> "SparseCholesky":
+        found = plan(
+            prior, conditions, rho=self.rho, rho_conditions=self.rho_conditions
+        )
+        return SparseCholesky(
+            self.rho, self.rho_conditions, self.rtol, self.max_steps, found
+        )
+
+    @property
+    def plan(self) -> Plan:
+        assert self._plan is not None
+        return self._plan
+
+    def no_factor(self, problem):
+        def factors():
+            linearised = linearise(problem, prior_z(problem))
+            zero = jnp.zeros((), problem.dtype)
+            prior = self._factors(self._priors(problem, linearised, zero))
+            return _Factor(prior, self._small(problem, linearised, zero), zero)
+
+        struct = eqx.filter_eval_shape(factors)
+        none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), struct)
+        return eqx.tree_at(lambda f: f.nugget, none, none.nugget - 1)
+
+    def regress(self, problem, linearised, jitter, last):
+        before, start = last
+        gamma = noise_variances(problem, jitter)
+        nugget = jnp.maximum(jitter, _LEAST_NUGGET)
+        priors = self._priors(problem, linearised, nugget)
+        prior = jax.lax.cond(
+            before.nugget == nugget,
+            lambda: before.prior,
+            lambda: self._factors(priors),
+        )
+        factor = _Factor(prior, self._small(problem, linearised, jitter), nugget)
+        product = lambda w: self._changes(problem, linearised, factor, w)
+        operator = _operator(lambda w: product(w)[0] + gamma * w, gamma)
+        rhs = linearised.rhs
+        weights, num_steps = self._conjugate_gradients(
+            problem, linearised, gamma, factor, operator, rhs, start
+        )
+        applied, z = product(weights)
+        remainder = rhs - applied - gamma * weights
+        _, rounding = product(self._precondition(factor, remainder))
+        unit = _deviations(problem, linearised, gamma)
+        good = usable(weights, z, (remainder / unit, rhs / unit), (rounding, z))
+        z = prior_z(problem) + z
+        return Regression(factor, weights, gamma, z, rounding, good, num_steps)
+
+    def solve(self, problem, linearised, jitter, factor, vector):
+        gamma = noise_variances(problem, jitter)
+
+        def product(weights):
+            return self.changes(problem, linearised, factor, weights)[0]
+
+        operator = _operator(lambda w: product(w) + gamma * w, gamma)
+        start = jax.lax.stop_gradient(self._precondition(factor, vector))
+        return self._conjugate_gradients(
+            problem, linearised, gamma, factor, operator, vector, start
+        )[0]
+
+    def changes(self, problem, linearised, factor, weights):
+        conditions = problem.conditions
+        jacobians = _of_conditions(problem, linearised)
+        layout = self.plan.layout
+        priors, fields = self._fields(conditions, jacobians, factor, weights)
+        applied = layout.apply(conditions, jacobians, fields)
+        z = layout.read_z(conditions, fields)
+        read = z[:0]
+        if problem.readings.z_size > 0:
+            read = _read(self._predictions(problem, priors), fields)
+        return applied, join(problem, z, read)
+
+    def posterior(self, problem, linearised, jitter, factor):
+        return _SparsePosterior(self, problem, linearised, jitter, factor)
+
+    def read(self, problem, linearised, factor, weights, bent):
+        conditions, layout = problem.conditions, self.plan.layout
+        jacobians = linearised.jacobians
+        vectors = layout.apply_transposed(conditions, jacobians, weights)
+        if bent is not None:
+            more = layout.read_z_transposed(conditions, split(conditions, bent))
+            vectors = {name: v + more[name] for name, v in vectors.items()}
+        priors = self._priors(conditions, linearised, factor.nugget)
+        fields = factor.products(vectors)
+        return _read(self._predictions(problem, priors), fields)
+
+    def read_transposed(self, problem, linearised, factor, read):
+        conditions, layout = problem.conditions, self.plan.layout
+        priors = self._priors(conditions, linearised, factor.nugget)
+        predictions = self._predictions(problem, priors)
+        vectors = {n: jnp.zeros(m, read.dtype) for n, m in layout.sizes}
+        for each, given in zip(predictions, split(problem.readings, read)):
+            for name, p in each.items():
+                add = p.apply_transposed(given, len(vectors[name]))
+                vectors[name] = vectors[name] + add
+        fields = factor.products(vectors)
+        applied = layout.apply(conditions, linearised.jacobians, fields)
+        return layout.read_z(conditions, fields), applied
+
+    def jets(self, problem, linearised, factor, weights, jets, points):
+        priors, fields = self._fields(problem, linearised.jacobians, factor, weights)
+        block = Block(points, None, jets)
+        return _applied(self._prediction(block, priors), fields)
+
+    def covariances(self, problem, linearised, factor, blocks, joint):
+        priors = self._priors(problem, linearised, factor.nugget)
+        layout = self.plan.layout
+        rows, readings, own = [], [], []
+        for block in blocks:
+            prediction = self._prediction(block, priors)
+
+            def one(i, prediction=prediction):
+                vectors = {n: jnp.zeros(m, problem.dtype) for n, m in layout.sizes}
+                for name, p in prediction.items():
+                    new = jnp.zeros_like(vectors[name]).at[p.index[i]]
+                    vectors[name] = new.add(p.weights[i, :, 0])
+                fields = {
+                    n: covariance_product(
+                        priors[n], self.plan.patterns[n], factor.prior[n], v
+                    )
+                    for n, v in vectors.items()
+                }
+                row = layout.apply(problem, linearised.jacobians, fields)
+                return row, vectors, fields
+
+            index = jnp.arange(len(block.points))
+            found = jax.lax.map(one, index, batch_size=_AT_ONCE)
+            rows.append(found[0])
+            readings.append(found[1:])
+            left = [p.covariance[:, 0, 0] for p in prediction.values()]
+            own.append(sum(left[1:], left[0]))
+        rows, own = jnp.concatenate(rows), jnp.concatenate(own)
+        stack = lambda *x: jnp.concatenate(x)
+        vectors, fields = jax.tree.map(stack, *readings)
+        pairs = [(vectors[n], fields[n]) for n in vectors]
+        if joint:
+            shared = [v @ f.T for v, f in pairs]
+            return sum(shared[1:], shared[0]) + jnp.diag(own), rows
+        shared = [jnp.sum(v * f, axis=1) for v, f in pairs]
+        return sum(shared[1:], shared[0]) + own, rows
+
+    def gram(self, problem, linearised, jitter):
+        raise ValueError(
+            "This needs the Gram matrix as a whole, which `SparseCholesky` does not "
+            "have: evidence, cross-validation, standardised errors and the condition "
+            "number are available with `lineax.Cholesky()` only."
+        )
+
+    #
+    # Private
+    #
+
+    def _priors(self, problem, linearised: Linearised, nugget) -> dict[str, Prior]:
+        return self.plan.priors(problem, linearised.jacobians, nugget)
+
+    def _factors(self, priors: Mapping[str, Prior]) -> dict[str, SparseFactor]:
+        return {n: factorise(p, self.plan.patterns[n]) for n, p in priors.items()}
+
+    def _small(self, problem, linearised: Linearised, jitter) -> SparseFactor:
+        gamma = noise_variances(problem, jitter)
+        prior = self.plan.conditions.prior(problem, linearised, gamma)
+        return factorise(prior, self.plan.conditions.pattern)
+
+    def _precondition(self, factor: "_Factor", vector):
+        order, inverse = self.plan.conditions.order, self.plan.conditions.inverse
+        return factor.conditions.precision(vector[order])[inverse]
+
+    def _changes(self, problem, linearised: Linearised, factor: "_Factor", weights):
+        # As `changes`, without derivatives.
+        layout, jacobians = self.plan.layout, linearised.jacobians
+        vectors = layout.apply_transposed(problem, jacobians, weights)
+        fields = factor.products(vectors)
+        applied = layout.apply(problem, jacobians, fields)
+        return applied, layout.read_z(problem, fields)
+
+    def _fields(self, problem, jacobians, factor: "_Factor", weights):
+        # All functionals of k phi^T w.
+        layout, patterns = self.plan.layout, self.plan.patterns
+        priors = self.plan.priors(problem, jacobians, factor.nugget)
+        vectors = layout.apply_transposed(problem, jacobians, weights)
+        fields = {
+            n: covariance_product(priors[n], patterns[n], factor.prior[n], v)
+            for n, v in vectors.items()
+        }
+        return priors, fields
+
+    def _predictions(self, problem, priors) -> list[dict[str, Prediction]]:
+        return [self._prediction(r.jets, priors) for r in problem.readings.rows]
+
+    def _prediction(self, block: Block, priors) -> dict[str, Prediction]:
+        names = dict.fromkeys(name for name, _ in block.jets)
+        return {n: predict(priors[n], self.rho, of_unknown(block, n)) for n in names}
+
+    def _conjugate_gradients(
+        self, problem, linearised, gamma, factor, operator, rhs, start
+    ):
+        # In units of each condition's standard deviation, and of the right-hand side:
+        # only then does one tolerance mean the same for all.
+        deviation = jax.lax.stop_gradient(_deviations(problem, linearised, gamma))
+        size = jnp.sqrt(jnp.mean((jax.lax.stop_gradient(rhs) / deviation) ** 2))
+        size = jnp.where(size > 0, size, 1)
+        unit = deviation * size
+        # Lineax also demands that weights change little, in absolute terms. They may be
+        # large, and only the residual counts; so they are counted in large units.
+        weight_unit = size / deviation / _WEIGHT_UNIT
+        scaled = _operator(lambda w: operator.mv(w * weight_unit) / unit, rhs)
+        precondition = lambda r: self._precondition(factor, r * unit) / weight_unit
+        inner = _operator(precondition, rhs)
+        options: dict[str, Any] = dict(preconditioner=inner, y0=start / weight_unit)
+        rms = lambda x: jnp.sqrt(jnp.mean(x**2))
+        solver = lx.CG(0.0, self.rtol, norm=rms, max_steps=self.max_steps)
+        solution = lx.linear_solve(
+            scaled, rhs / unit, solver, options=options, throw=False
+        )
+        num_steps = jnp.asarray(solution.stats["num_steps"])
+        return solution.value * weight_unit, num_steps
+
+
+SparseCholesky.__init__.__doc__ = """**Arguments:**
+
+- `rho`: How many spacings away functionals are that others depend on: values, and all
+    others (derivatives), which need less. Larger is more accurate and slower.
+- `rho_conditions`: Likewise for the preconditioner. It has no influence on the result.
+- `rtol`: Relative tolerance of conjugate gradients.
+- `max_steps`: The largest number of their steps.
+
+**Raises:**
+
+A `ValueError` if a radius is not greater than one.
+"""
+
+
+# Of the diagonal: below it the many small factorisations fail from rounding.
+_LEAST_NUGGET = 1e-13
+_WEIGHT_UNIT = 1e-12
+# Right-hand sides that are treated at once.
+_AT_ONCE = 32
+
+
+class _Factor(eqx.Module):
+    prior: dict[str, SparseFactor]  # of all functionals, by unknown
+    conditions: SparseFactor
+    nugget: Float[Array, ""]  # of the first
+
+    def products(self, vectors: Vectors) -> dict[str, Array]:
+        return {name: self.prior[name].covariance(v) for name, v in vectors.items()}
+
+
+class _SparsePosterior(AbstractPosterior):
+    system: SparseCholesky
+    problem: Problem
+    linearised: Linearised
+    jitter: Float[Array, ""]
+    factor: PyTree[Array]
+
+    @property
+    def _at(self):
+        return self.problem, self.linearised, self.factor
+
+    def from_weights(self, weights):
+        return self.system._changes(*self._at, weights)[1]
+
+    def to_conditions(self, dz):
+        return self._of_z(dz)[0]
+
+    def covariance(self, dz):
+        given, z = self._of_z(dz)
+        problem, linearised, factor = self._at
+        at = problem, linearised, self.jitter, factor
+        return z - self.from_weights(self.system.solve(*at, given))
+
+    def _of_z(self, dz):
+        layout, problem = self.system.plan.layout, self.problem
+        vectors = layout.read_z_transposed(problem, split(problem, dz))
+        fields = self.factor.products(vectors)
+        applied = layout.apply(problem, self.linearised.jacobians, fields)
+        return applied, layout.read_z(problem, fields)
+
+
+def _operator(product: Callable, like: Array) -> lx.FunctionLinearOperator:
+    structure = jax.ShapeDtypeStruct(like.shape, like.dtype)
+    return lx.FunctionLinearOperator(product, structure, lx.positive_semidefinite_tag)
+
+
+def _deviations(problem: Problem, linearised: Linearised, gamma) -> Float[Array, " M"]:
+    return jnp.sqrt(variances(problem.kernels, linearised.functionals) + gamma)
+
+
+def _of_conditions(problem: Problem, linearised: Linearised) -> tuple[Array, ...]:
+    each = zip(problem.rows, linearised.jacobians)
+    return tuple(jacobian for r, jacobian in each if not r.only_read)
+
+
+def _applied(prediction: Mapping[str, Prediction], fields: Vectors):
+    parts = [p.apply(fields[name]) for name, p in prediction.items()]
+    return sum(parts[1:], parts[0])
+
+
+def _read(predictions: Sequence[Mapping[str, Prediction]], fields: Vectors) -> Array:
+    return jnp.concatenate([_applied(p, fields).reshape(-1) for p in predictions])
