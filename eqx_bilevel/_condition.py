@@ -26,7 +26,11 @@ def _inexact(x: Any, name: str) -> Array:
 
 
 def as_points(points: Any) -> Float[Array, "n d"]:
-    points = _inexact(points, "points")
+    if all(map(is_concrete, jax.tree.leaves(points))):
+        with jax.ensure_compile_time_eval():  # Constants stay so under `jax.jit`.
+            points = _inexact(points, "points")
+    else:
+        points = _inexact(points, "points")
     if points.ndim != 2 or 0 in points.shape:
         raise ValueError(
             "`points` must have shape `(n, d)`, for `n` points in `d` dimensions, got "

@@ -161,14 +161,14 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
     rtol: float = 1e-8
     atol: float = 1e-10
     norm: Callable[[PyTree], Scalar] = optx.max_norm
-    linear_solver: lx.AbstractLinearSolver | AbstractSystem = lx.Cholesky()
+    linear_solver: lx.AbstractLinearSolver | AbstractSystem | None = None
     verbose: bool | Callable[..., None] = False
 
     @property
     def system(self) -> AbstractSystem:
         if isinstance(self.linear_solver, AbstractSystem):
             return self.linear_solver
-        return DenseSystem(self.linear_solver)
+        return DenseSystem(self.linear_solver or lx.Cholesky())
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         problem, dtype = args, args.dtype
@@ -288,7 +288,10 @@ GaussNewton.__init__.__doc__ = """**Arguments:**
 - `rtol`: Relative tolerance, with respect to the largest value of each derivative.
 - `atol`: Absolute tolerance.
 - `norm`: Unused: as in other Optimistix solvers, but tolerances are for each value.
-- `linear_solver`: A Lineax solver for symmetric positive definite matrices.
+- `linear_solver`: A direct Lineax solver for symmetric positive definite matrices, or
+    an [`eqx_bilevel.SparseCholesky`][]. Default: `lineax.Cholesky()`; and
+    `SparseCholesky()` for more than 8000 scalar conditions, if the kernels are of
+    finite smoothness and the points, in at most three dimensions, are known.
 - `verbose`: Whether to print one line for each step; or a function that is called with
     keyword arguments `name=(description, value)` instead, as in Optimistix.
 """

@@ -37,7 +37,13 @@ from ._runs import (
 )
 from ._scale import rescaled, search_scale, Tried
 from ._solution import Solution
-from ._solve import check_num_steps, checked, functions_as_pytrees, solve
+from ._solve import (
+    check_num_steps,
+    checked,
+    functions_as_pytrees,
+    solve,
+    with_system,
+)
 
 
 class Learned(eqx.Module):
@@ -192,7 +198,8 @@ def learn(
     prior, conditions = jax.tree.map(strong, (prior, conditions))
     objective.check(conditions)
     objective = functions_as_pytrees(objective)
-    task = Task(None, objective, solver, adjoint, jnp.asarray(max_inner_steps))
+    ready = with_system(solver, prior, conditions)
+    task = Task(None, objective, ready, adjoint, jnp.asarray(max_inner_steps))
     # The search may give a kernel a scale that it had not.
     one = jnp.ones_like(conditions[0].points[0])
     scaled = rescaled(prior, one) if scale_search else prior

@@ -16,6 +16,7 @@ from ._adjoint import FixedPointAdjoint, FrozenAdjoint, without_gradient
 from ._closure import function_as_pytree
 from ._condition import Condition, GaussianProcess, is_concrete
 from ._gauss_newton import GaussNewton, Root, smallest_nugget
+from ._kernels import smoothness
 from ._linearised import linearise, noise_variances, prior_z
 from ._parameters import unwrap
 from ._problem import (
@@ -24,6 +25,7 @@ from ._problem import (
     condition_name,
     jets_of,
     names_of,
+    priors_of,
     Problem,
     trace_conditions,
 )
@@ -114,14 +116,33 @@ def solve(
     return _solve(prior, conditions, solver, adjoint, initial, max_steps, throw)
 
 
+# Scalar conditions, whose dense matrices take 0.5 GB each.
+_MOST_DENSE = 8000
+
+
 def with_system(
     solver: GaussNewton, prior: Any, conditions: list[Condition]
 ) -> GaussNewton:
     # With all that can be prepared before compiling.
     system = solver.linear_solver
+    if system is None and _many_points(prior, conditions):
+        system = SparseCholesky()
     if isinstance(system, SparseCholesky):
         system = system.prepared(prior, conditions)
     return dataclasses.replace(solver, linear_solver=system)
+
+
+def _many_points(prior: Any, conditions: list[Condition]) -> bool:
+    # Whether a dense matrix is too large, and sparse factors are possible.
+    traces = trace_conditions(*unwrap((prior, conditions)))
+    size = sum(c.num_targets * t.size for c, t in zip(conditions, traces))
+    kernels = [p.kernel for p in priors_of(unwrap(prior)).values()]
+    return (
+        size > _MOST_DENSE
+        and all(np.isfinite(smoothness(kernel)) for kernel in kernels)
+        and conditions[0].points.shape[1] <= 3
+        and all(is_concrete(c.points) and c.quadrature is None for c in conditions)
+    )
 
 
 def check_num_steps(num: int, name: str) -> None:

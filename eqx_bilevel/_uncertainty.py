@@ -18,7 +18,7 @@ from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
 from ._outer import partition, solve_at, Start, Task
 from ._parameters import unwrap
 from ._solution import Solution
-from ._solve import functions_as_pytrees
+from ._solve import functions_as_pytrees, with_system
 
 
 class HyperparameterPosterior(eqx.Module):
@@ -131,7 +131,7 @@ def laplace(
     task = Task(
         None,
         functions_as_pytrees(objective),
-        solver,
+        with_system(solver, learned.prior, learned.conditions),
         FixedPointAdjoint(),
         jnp.asarray(100),
     )

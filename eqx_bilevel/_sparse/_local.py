@@ -60,7 +60,7 @@ def _nearest(
     n, dim = points.shape
     unit_ball = math.pi ** (dim / 2) / math.gamma(dim / 2 + 1)
     num = min(math.ceil(unit_ball * rho**dim), _MOST, n)
-    distance = jnp.sum((points - x) ** 2, axis=1)
+    distance = jnp.sum((points - x[None]) ** 2, axis=1)
     return jax.lax.top_k(-jax.lax.stop_gradient(distance), num)[1]
 
 

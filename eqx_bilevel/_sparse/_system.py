@@ -46,16 +46,16 @@ class SparseCholesky(AbstractSystem):
         Gaussian processes*, [arXiv:2304.01294](https://arxiv.org/abs/2304.01294).
     """
 
-    rho: tuple[float, float] = eqx.field(static=True, default=(6.0, 3.0))
-    rho_conditions: float = eqx.field(static=True, default=4.0)
+    rho: tuple[float, float] = eqx.field(static=True, default=(6.0, 4.0))
+    rho_conditions: float = eqx.field(static=True, default=6.0)
     rtol: float = eqx.field(static=True, default=1e-9)
-    max_steps: int = eqx.field(static=True, default=300)
+    max_steps: int = eqx.field(static=True, default=200)
     _plan: Plan | None = None
 
     def __check_init__(self):
-        if len(self.rho) != 2 or not min(*self.rho, self.rho_conditions) > 1:
+        if not min(*self.rho, self.rho_conditions) > 1:
             raise ValueError(
-                "`rho`, a pair, and `rho_conditions` must be greater than 1, got "
+                "`rho` and `rho_conditions` must be greater than 1, got "
                 f"{self.rho} and {self.rho_conditions}."
             )
 
@@ -77,7 +77,8 @@ class SparseCholesky(AbstractSystem):
             linearised = linearise(problem, prior_z(problem))
             zero = jnp.zeros((), problem.dtype)
             prior = self._factors(self._priors(problem, linearised, zero))
-            return _Factor(prior, self._small(problem, linearised, zero), zero)
+            small = self._small(problem, linearised, zero)
+            return _Factor(prior, small, linearised.jacobians, zero)
 
         struct = eqx.filter_eval_shape(factors)
         none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), struct)
@@ -93,7 +94,15 @@ class SparseCholesky(AbstractSystem):
             lambda: before.prior,
             lambda: self._factors(priors),
         )
-        factor = _Factor(prior, self._small(problem, linearised, jitter), nugget)
+        # This is no more than a preconditioner: it need not follow every step.
+        jacobians = linearised.jacobians
+        old = before.nugget != nugget
+        conditions = jax.lax.cond(
+            old | (_distance(before.jacobians, jacobians) > _NEAR),
+            lambda: (self._small(problem, linearised, jitter), jacobians),
+            lambda: (before.conditions, before.jacobians),
+        )
+        factor = _Factor(prior, *conditions, nugget)
         product = lambda w: self._changes(problem, linearised, factor, w)
         operator = _operator(lambda w: product(w)[0] + gamma * w, gamma)
         rhs = linearised.rhs
@@ -295,6 +304,8 @@ A `ValueError` if a radius is not greater than one.
 # Of the diagonal: below it the many small factorisations fail from rounding.
 _LEAST_NUGGET = 1e-13
 _WEIGHT_UNIT = 1e-12
+# Linearisations that can share a preconditioner differ by less.
+_NEAR = 0.03
 # Right-hand sides that are treated at once.
 _AT_ONCE = 32
 
@@ -302,6 +313,7 @@ _AT_ONCE = 32
 class _Factor(eqx.Module):
     prior: dict[str, SparseFactor]  # of all functionals, by unknown
     conditions: SparseFactor
+    jacobians: tuple[Array, ...]  # of the linearisation which that is for
     nugget: Float[Array, ""]  # of the first
 
     def products(self, vectors: Vectors) -> dict[str, Array]:
@@ -342,6 +354,16 @@ class _SparsePosterior(AbstractPosterior):
 def _operator(product: Callable, like: Array) -> lx.FunctionLinearOperator:
     structure = jax.ShapeDtypeStruct(like.shape, like.dtype)
     return lx.FunctionLinearOperator(product, structure, lx.positive_semidefinite_tag)
+
+
+def _distance(one: Sequence[Array], other: Sequence[Array]) -> Float[Array, ""]:
+    # Relatively, of the coefficients of each entry of the jets.
+    out = []
+    for a, b in zip(one, other):
+        size = jnp.max(jnp.abs(b), axis=0, initial=0)
+        change = jnp.max(jnp.abs(a - b), axis=0, initial=0)
+        out.append(jnp.max(change / jnp.where(size > 0, size, 1), initial=0))
+    return jnp.max(jnp.stack(out))
 
 
 def _deviations(problem: Problem, linearised: Linearised, gamma) -> Float[Array, " M"]:
