@@ -1,13 +1,13 @@
-"""A nonlinear elliptic equation at many points, by sparse inverse Cholesky factors.
+"""Many points: nonlinear equations with sparse inverse Cholesky factors.
 
--Lap u + u^3 = f on the unit square with u = sum_k sin(k pi x) sin(k pi y) / k^6 over
-k <= 600, zero on the boundary, on a regular grid, with a Matern kernel of order 7/2.
-Each measurement runs in a process of its own and is one line of JSON on standard
-output; a table follows. Warm is everything but compiling: orderings and patterns, the
-factor, and all steps of Gauss-Newton. Errors are at the collocation points.
+`solve` and `learn`: -Lap u + u^3 = f on the unit square, u = sum_k sin(k pi x)
+sin(k pi y) / k^6 over k <= 600, zero on the boundary, on a regular grid, with a Matern
+kernel of order 7/2. `gradient`: Burgers' equation at quasi-random points, with a warped
+kernel whose warp is a network. Each measurement runs in a process of its own and is one
+line of JSON on standard output; tables follow.
 
     python benchmarks/scale.py             # all
-    python benchmarks/scale.py 49 99       # with so many inner nodes in each direction
+    python benchmarks/scale.py 0 1         # some of the cases below
     python benchmarks/scale.py --keep      # writes the results kept
 """
 
@@ -24,10 +24,8 @@ import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
 import numpy as np
-from eqx_bilevel._linearised import linearise
-from eqx_bilevel._problem import build
-from eqx_bilevel._sparse import plan, regress
-from measuring import compiled, in_own_process, peak_mb
+import optax
+from measuring import in_own_process, peak_mb
 
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "experiments"))
@@ -38,22 +36,23 @@ jax.config.update("jax_enable_x64", True)
 
 
 class Case(NamedTuple):
-    inner: int  # nodes in each direction
+    what: str
+    size: int  # nodes in each direction, without the boundary; or points
     lengthscale: float = 0.3
-    nugget: float = 1e-10
-    rho: tuple[float, float] = (6.0, 3.0)
-    rho_conditions: float = 4.0
+    rho: tuple[float, float] = eb.SparseCholesky().rho
 
 
 cases = (
-    Case(31),
-    Case(49),
-    Case(99),
-    Case(99, lengthscale=0.9, nugget=1e-12),
-    Case(99, lengthscale=0.9, nugget=1e-12, rho=(8.0, 4.0)),
-    Case(199, nugget=1e-12),
-    Case(315, nugget=1e-12),
-    Case(315, nugget=1e-12, rho=(8.0, 4.0)),
+    Case("solve", 31),
+    Case("solve", 49),
+    Case("solve", 99),
+    Case("solve", 99, lengthscale=0.9),
+    Case("solve", 99, rho=(8.0, 5.0)),
+    Case("solve", 199),
+    Case("solve", 315),
+    Case("learn", 99, lengthscale=0.1),
+    Case("gradient", 5000),
+    Case("gradient", 20000),
 )
 
 
@@ -65,117 +64,253 @@ def value(u, x):
     return u.value
 
 
-def stated(case: Case):
-    axis = np.arange(case.inner + 2) / (case.inner + 1)
+def series(points, weights):
+    sines = lambda x: np.sin(np.pi * np.outer(x, np.arange(1, 601)))
+    return np.concatenate(
+        [
+            np.einsum("nk,nk,k->n", sines(x[:, 0]), sines(x[:, 1]), weights)
+            for x in np.array_split(points, max(1, len(points) // 10000))
+        ]
+    )
+
+
+K = np.arange(1.0, 601.0)
+
+
+def elliptic(case: Case):
+    axis = np.arange(case.size + 2) / (case.size + 1)
     points = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
     inside = np.all((points > 0) & (points < 1), axis=1)
-    k = np.arange(1, 601)
-    sines = np.sin(np.pi * np.outer(axis, k))
-    series = lambda weights: ((sines * weights) @ sines.T).reshape(-1)[inside]
-    exact = series(1.0 / k**6)
-    target = series(2 * np.pi**2 / k**4) + exact**3
-    nugget = case.nugget
+    exact = series(points[inside], K**-6)
+    target = series(points[inside], 2 * np.pi**2 * K**-4) + exact**3
     conditions = [
-        eb.Condition(operator, points[inside], jnp.asarray(target), nugget=nugget),
-        eb.Condition(value, points[~inside], nugget=nugget),
+        eb.Condition(operator, points[inside], target),
+        eb.Condition(value, points[~inside]),
     ]
-    prior = eb.GaussianProcess(eb.Matern(case.lengthscale, nu=3.5))
-    return build(*eb.unwrap((prior, conditions))), exact
+    return eb.GaussianProcess(eb.Matern(case.lengthscale, nu=3.5)), conditions, exact
 
 
-def step(problem, made, factors, z, weights):
-    linearised, jitter = linearise(problem, z), jnp.zeros(())
-    return regress(problem, made, factors, linearised, jitter, weights)
+def rms(x) -> float:
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+def timed(fn, *args, **kwargs):
+    wall, cpu = time.perf_counter(), time.process_time()
+    out = jax.block_until_ready(fn(*args, **kwargs))
+    return out, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def sparse(case: Case) -> eb.GaussNewton:
+    return eb.GaussNewton(linear_solver=eb.SparseCholesky(rho=case.rho))
+
+
+def errors(solution, exact) -> dict:
+    # At the points of the equation, and at others.
+    elsewhere = np.random.default_rng(0).random((1000, 2))
+    truth = series(elsewhere, K**-6)
+    points = solution.conditions[0].points
+    at_points = solution._z.reshape(-1) - exact
+    assert len(points) == len(exact)
+    off_points, seconds, _ = timed(solution, elsewhere)
+    return dict(
+        error_l2=rms(at_points),
+        error_max=float(np.max(np.abs(at_points))),
+        elsewhere_l2=rms(np.asarray(off_points) - truth),
+        elsewhere_max=float(np.max(np.abs(np.asarray(off_points) - truth))),
+    )
+
+
+def measure_solve(case: Case) -> dict:
+    prior, conditions, exact = elliptic(case)
+    solve = lambda: eb.solve(prior, conditions, sparse(case))
+    _, cold, _ = timed(solve)
+    solution, warm, cpu = timed(solve)
+    return dict(
+        points=sum(len(c.points) for c in conditions),
+        lengthscale=case.lengthscale,
+        rho=case.rho,
+        **errors(solution, exact),
+        steps=int(solution.stats["num_steps"]),
+        products=int(solution.stats["num_products"]),
+        cold_s=round(cold, 2),
+        warm_s=round(warm, 2),
+        warm_cpu_s=round(cpu, 2),
+    )
+
+
+def measure_learn(case: Case) -> dict:
+    prior, conditions, exact = elliptic(case)
+    box = eb.Box([0.0, 0.0], [1.0, 1.0])
+    objective = eb.ValidationResidual(
+        box.interior(500, key=jax.random.key(0)),
+        target=lambda x: _source(x),
+    )
+    learned, seconds, cpu = timed(
+        eb.learn, prior, conditions, objective, solver=sparse(case), subset=2000
+    )
+    return dict(
+        points=sum(len(c.points) for c in conditions),
+        lengthscale=case.lengthscale,
+        learned=float(eb.unwrap(learned.prior).kernel.lengthscale),
+        **errors(learned.solution, exact),
+        seconds=round(seconds, 1),
+        cpu_s=round(cpu, 1),
+    )
+
+
+def _source(x):
+    sines = lambda x: jnp.sin(jnp.pi * K * x)
+    both = sines(x[0]) * sines(x[1])
+    return jnp.sum(2 * jnp.pi**2 * K**-4 * both) + jnp.sum(K**-6 * both) ** 3
+
+
+def burgers(num: int):
+    box = eb.Box([0.0, -1.0], [1.0, 1.0])
+    keys = jax.random.split(jax.random.key(0), 5)
+    equation = lambda u, x: u.d(0) + u.value * u.d(1) - 0.05 * u.d(1, 1)
+    sine = lambda x: -jnp.sin(jnp.pi * x[1])
+    face = lambda *where, key: box.face(*where, num // 40, key=key)
+    conditions = [
+        eb.Condition(equation, box.interior(num * 37 // 40, key=keys[0])),
+        eb.Condition(value, face(0, "lower", key=keys[1]), sine),
+        eb.Condition(value, face(1, "lower", key=keys[2])),
+        eb.Condition(value, face(1, "upper", key=keys[3])),
+    ]
+    validation = eb.ValidationResidual(box.interior(1000, key=keys[4]))
+    return conditions, validation
+
+
+class Warp(eqx.Module):
+    network: eqx.nn.MLP
+
+    def __call__(self, x):
+        return x + 0.1 * self.network(x)
+
+
+def measure_gradient(case: Case) -> dict:
+    # Steps of the paper: one linearised solve, and the frozen gradient.
+    conditions, objective = burgers(case.size)
+    network = eqx.nn.MLP(2, 2, 16, 2, activation=jnp.tanh, key=jax.random.key(0))
+    warped = eb.Warped(eb.Matern([0.5, 0.3], nu=3.5), Warp(network))
+    ends, objectives = [time.perf_counter()], []
+
+    def tick(progress):
+        ends.append(time.perf_counter())
+        objectives.append(float(progress.objective))
+
+    learned = eb.learn(
+        eb.GaussianProcess(warped),
+        conditions,
+        objective,
+        optax.adam(1e-3),
+        gradient="frozen",
+        solver=sparse(case),
+        scale_search=False,
+        max_inner_steps=1,
+        steps=4,
+        callback=tick,
+        throw=False,
+    )
+    seconds = np.diff(ends)
+    return dict(
+        points=sum(len(c.points) for c in conditions),
+        hyperparameters=sum(map(jnp.size, jax.tree.leaves(learned.prior))),
+        objectives=objectives,
+        step_s=round(float(np.median(seconds[1:])), 1),
+        first_step_s=round(float(seconds[0]), 1),
+    )
+
+
+measures = dict(solve=measure_solve, learn=measure_learn, gradient=measure_gradient)
 
 
 def measure(case: Case) -> dict:
-    clock = lambda: np.array([time.perf_counter(), time.process_time()])
-    problem, exact = stated(case)
-    start = clock()
-    made = plan(problem, rho=case.rho, rho_conditions=case.rho_conditions)
-    planned = clock() - start
-    factorise = lambda made, problem: made.factorise(problem, case.nugget)
-    factorise, compile_factor = compiled(factorise, made, problem)
-    start = clock()
-    factors = jax.block_until_ready(factorise(made, problem))
-    factored = clock() - start
-    z, weights = jnp.zeros(problem.z_size), jnp.zeros(problem.size)
-    one_step, compile_step = compiled(step, problem, made, factors, z, weights)
-    iterations, change, start = [], np.inf, clock()
-    while change > 1e-7 and len(iterations) < 10:
-        new = jax.block_until_ready(one_step(problem, made, factors, z, weights))
-        change = float(jnp.max(jnp.abs(new.z - z)))
-        z, weights = new.z, new.weights
-        iterations.append(int(new.num_steps))
-    stepped = clock() - start
-    wall, cpu = planned + factored + stepped
-    error = np.asarray(z) - exact
-    return dict(
-        points=problem.size,
-        lengthscale=case.lengthscale,
-        nugget=case.nugget,
-        rho=[*case.rho, case.rho_conditions],
-        error_l2=float(np.sqrt(np.mean(error**2))),
-        error_max=float(np.max(np.abs(error))),
-        iterations=iterations,
-        plan_s=round(planned[0], 2),
-        factor_s=round(factored[0], 2),
-        steps_s=round(stepped[0], 2),
-        warm_s=round(wall, 2),
-        warm_cpu_s=round(cpu, 2),
-        compile_s=round(compile_factor + compile_step, 2),
-        factor_mb=round(sum(map(_mb, jax.tree.leaves(factors)))),
-        peak_mb=peak_mb(),
-        load=round(os.getloadavg()[0], 1),
+    found = dict(what=case.what, **measures[case.what](case))
+    return dict(found, peak_mb=peak_mb(), load=round(os.getloadavg()[0], 1))
+
+
+def table(rows: list[dict], **columns: tuple[str, str]) -> list[str]:
+    # By the name of a number: how to head its column, and how to write it.
+    heads = [head for head, _ in columns.values()]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        cells = [format(row[name], spec) for name, (_, spec) in columns.items()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+ERRORS = dict(
+    error_l2=("error (L2)", ".1e"),
+    error_max=("(max)", ".1e"),
+    elsewhere_l2=("elsewhere (L2)", ".1e"),
+    elsewhere_max=("(max)", ".1e"),
+)
+POINTS, LAST = (
+    dict(points=("points", "d")),
+    dict(peak_mb=("peak, MB", "d"), load=("load", ".1f")),
+)
+
+
+def tables(rows: list[dict]) -> str:
+    of = lambda what: [r for r in rows if r["what"] == what]
+    solves = [dict(r, radii=", ".join(f"{x:g}" for x in r["rho"])) for r in of("solve")]
+    lines = table(
+        solves,
+        **POINTS,
+        lengthscale=("lengthscale", "g"),
+        radii=("`rho`", "s"),
+        **ERRORS,
+        steps=("steps", "d"),
+        products=("CG steps", "d"),
+        cold_s=("first, s", ".1f"),
+        warm_s=("again, s", ".1f"),
+        warm_cpu_s=("CPU, s", ".1f"),
+        **LAST,
     )
-
-
-def _mb(x) -> float:
-    return x.nbytes / 2**20 if eqx.is_array(x) else 0.0
-
-
-def table(rows: list[dict]) -> str:
-    head = (
-        "| points | lengthscale | nugget | radii | error (L2) | error (max) "
-        "| CG iterations | warm, s | of this CPU, s | compiling, s | factor, MB "
-        "| peak, MB | load |"
-    )
-    lines = [head, "|" + "---|" * 13]
-    for r in rows:
-        radii = ", ".join(f"{x:g}" for x in r["rho"])
-        iterations = ", ".join(map(str, r["iterations"]))
-        lines.append(
-            f"| {r['points']} | {r['lengthscale']} | {r['nugget']:.0e} | {radii} "
-            f"| {r['error_l2']:.1e} | {r['error_max']:.1e} | {iterations} "
-            f"| {r['warm_s']} | {r['warm_cpu_s']} | {r['compile_s']} "
-            f"| {r['factor_mb']} | {r['peak_mb']} | {r['load']} |"
-        )
     # Where most of the time is not overhead.
-    same = [r for r in rows if r["points"] > 1e4 and r["rho"][0] == 6]
+    same = [r for r in solves if r["points"] > 1e4 and r["rho"] == solves[0]["rho"]]
+    same = [r for r in same if r["lengthscale"] == solves[0]["lengthscale"]]
     if len(same) > 1:
         logs = [np.log([r[name] for r in same]) for name in ("points", "warm_cpu_s")]
         exponent = np.polyfit(*logs, 1)[0]
         lines += ["", f"CPU time grows as the number of points to the {exponent:.2f}."]
+    lines += ["", "Learning the lengthscale with 2000 of the points:", ""]
+    lines += table(
+        of("learn"),
+        **POINTS,
+        lengthscale=("lengthscale", "g"),
+        learned=("learned", ".3g"),
+        **ERRORS,
+        seconds=("all, s", ".1f"),
+        cpu_s=("CPU, s", ".1f"),
+        **LAST,
+    )
+    lines += ["", "A step of learning, with the frozen gradient:", ""]
+    lines += table(
+        of("gradient"),
+        **POINTS,
+        hyperparameters=("hyperparameters", "d"),
+        step_s=("step, s", ".1f"),
+        first_step_s=("first step, compiling, s", ".1f"),
+        **LAST,
+    )
     return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("inner", nargs="*", type=int)
+    parser.add_argument("cases", nargs="*", type=int)
     parser.add_argument("--keep", action="store_true", help="write the results")
     parser.add_argument("--case", type=int, help="only this one, in this process")
     arguments = parser.parse_args()
     if arguments.case is not None:
         print(json.dumps(measure(cases[arguments.case])))
         return
-    rows = [
-        in_own_process(__file__, "--case", i)
-        for i, case in enumerate(cases)
-        if case.inner in (arguments.inner or [case.inner])
-    ]
-    print(table(rows))
+    chosen = arguments.cases or range(len(cases))
+    rows = [in_own_process(__file__, "--case", i) for i in chosen]
+    print(tables(rows))
     if arguments.keep:
-        write("scale", dict(**environment(), runs=rows), table(rows))
+        write("scale", dict(**environment(), runs=rows), tables(rows))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from ._kernels import AbstractKernel
 from ._parameters import AbstractParameter, learnable, value_of
@@ -44,6 +44,13 @@ def as_target(target: PyTree) -> PyTree:
     if callable(target):
         return target
     return jax.tree.map(lambda x: _inexact(x, "target"), target)
+
+
+def take_target(target: PyTree, chosen: Int[Array, " k"]) -> PyTree:
+    # At some of the points.
+    if callable(target):
+        return target
+    return jax.tree.map(lambda t: t[chosen] if jnp.ndim(t) > 0 else t, target)
 
 
 def is_concrete(x: Any) -> bool:

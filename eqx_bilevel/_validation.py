@@ -6,9 +6,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
-from ._condition import as_points, as_target, Condition, is_concrete
+from ._condition import as_points, as_target, Condition, is_concrete, take_target
 from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
 from ._parameters import unwrap
 from ._problem import find_condition, target_array
@@ -82,7 +82,7 @@ class ValidationResidual(AbstractLeastSquaresObjective):
             return self
         n = len(self.points)
         chosen = jax.random.choice(key, n, (self.batch_size,), replace=False)
-        target = _some(self.target, chosen)
+        target = take_target(self.target, chosen)
         share = self.batch_size / n
         weight = self.misfit_weight * share
         points = self.points[chosen]
@@ -149,12 +149,6 @@ def _each_point(target: Array, num_points: int) -> Array:
     return jnp.full(num_points, target) if one else target
 
 
-def _some(target: PyTree, chosen: Int[Array, " k"]) -> PyTree:
-    if callable(target):
-        return target
-    return jax.tree.map(lambda t: t[chosen] if jnp.ndim(t) > 0 else t, target)
-
-
 def hold_out(
     condition: Condition, share: float = 0.2, *, key: PRNGKeyArray
 ) -> tuple[Condition, ValidationResidual]:
@@ -198,8 +192,8 @@ def hold_out(
 
     points, target = condition.points, condition.target
     where = lambda c: (c.points, c.target)
-    rest = eqx.tree_at(where, condition, (points[kept], _some(target, kept)))
-    held_target = _some(target, held)
+    rest = eqx.tree_at(where, condition, (points[kept], take_target(target, kept)))
+    held_target = take_target(target, held)
     return rest, ValidationResidual(points[held], condition.name, target=held_target)
 
 

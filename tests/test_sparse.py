@@ -561,3 +561,30 @@ def test_chosen_where_there_are_many_points(monkeypatch):
     assert chosen(prior, conditions) == "SparseCholesky"
     assert chosen(prior, conditions[:1]) == "DenseSystem"
     assert chosen(smooth, conditions) == "DenseSystem"
+
+
+def test_learn_with_some_of_the_points():
+    prior, conditions = nonlinear({**PARAMETERS, "lengthscale": 0.2})
+    noisy = eb.Condition(value, TEST_POINTS, noise=eb.Positive(0.5), name="data")
+    objective = eb.ValidationResidual(SQUARE.interior(30, key=jax.random.key(5)))
+    sizes = []
+
+    def count(progress):
+        sizes.append([len(c.points) for c in progress.conditions])
+
+    learned = eb.learn(
+        prior,
+        [*conditions, noisy],
+        objective,
+        subset=55,
+        scale_search=False,
+        steps=3,
+        callback=count,
+    )
+    assert sizes[0] == [40, 14, 2]
+    assert [len(c.points) for c in learned.conditions] == [120, 40, 5]
+    assert [len(c.points) for c in learned.solution.conditions] == [120, 40, 5]
+    assert not np.isclose(eb.unwrap(learned.conditions[2].noise), 0.5)
+    again = eb.solve(learned.prior, learned.conditions)
+    close(learned.solution(TEST_POINTS), np.asarray(again(TEST_POINTS)), 1e-6)
+    assert learned.objective < objective(eb.solve(prior, [*conditions, noisy]))
