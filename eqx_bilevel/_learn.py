@@ -35,7 +35,7 @@ from ._runs import (
     warm,
     with_inner_steps,
 )
-from ._scale import rescaled, search_scale, Tried
+from ._scale import has_scale, search_scale, Tried
 from ._solution import Solution
 from ._solve import check_num_steps, checked, functions_as_pytrees, solve
 
@@ -132,7 +132,9 @@ def learn(
         how many. They are spread between the distance of the points and the size of the
         domain, and four more are tried around the best of them. If dimensions have
         lengthscales of their own, then these are doubled or halved while that helps,
-        alone and against each other.
+        alone and against each other. A kernel that [`eqx_bilevel.rescale`][] would
+        wrap, such as one of your own, is left as it is, with a warning: wrap it
+        yourself, into [`eqx_bilevel.Stretched`][].
     - `solver`: The inner solver.
     - `max_inner_steps`: The largest number of Gauss-Newton steps for each outer step.
         Five times as many are allowed once the optimiser stops where they ran out.
@@ -159,7 +161,9 @@ def learn(
 
     **Returns:**
 
-    A [`eqx_bilevel.Learned`][].
+    A [`eqx_bilevel.Learned`][]. Its prior and conditions have the structure of those
+    that were given, with other numbers in them, so that they can be saved and read into
+    those. (Plain functions become modules, with the arrays that they use as leaves.)
 
     **Raises:**
 
@@ -193,10 +197,9 @@ def learn(
     objective.check(conditions)
     objective = functions_as_pytrees(objective)
     task = Task(None, objective, solver, adjoint, jnp.asarray(max_inner_steps))
-    # The search may give a kernel a scale that it had not.
-    one = jnp.ones_like(conditions[0].points[0])
-    scaled = rescaled(prior, one) if scale_search else prior
-    learned_at_all, _ = partition(scaled, conditions, task)
+    learned_at_all, _ = partition(prior, conditions, task)
+    if scale_search and not has_scale(prior, conditions[0].points.shape[1]):
+        scale_search = False
     optimiser = _optimiser(optimiser, learned_at_all, objective, bool(scale_search))
     if patience is None:
         stochastic = isinstance(optimiser, optax.GradientTransformation)
@@ -314,9 +317,8 @@ def _learn(
     start = cold_start(prior, conditions)
     if file is not None and file.exists():
         record.note("Resuming.")
-        task, stage, tried = _resume(
-            prior, conditions, task, optimiser, start, bool(num_scales), record, file
-        )
+        arguments = prior, conditions, task, optimiser, start, record, file
+        task, stage, tried = _resume(*arguments)
     else:
         tried: list[Tried] = []
         if num_scales:
@@ -352,11 +354,9 @@ def _search(prior, conditions, task: Task, start: Start, num: int, record: Recor
 
 
 def _resume(
-    prior, conditions, task, optimiser, start, searched: bool, record, file
+    prior, conditions, task, optimiser, start, record, file
 ) -> tuple[Task, Stage, list[Tried]]:
     # What is in the file has the structure that a new run begins with.
-    if searched:
-        prior = rescaled(prior, jnp.ones_like(conditions[0].points[0]))
     theta, task = partition(prior, conditions, task)
     stage = first_stage(optimiser, theta, task, start)
     _, outcome = eqx.filter_eval_shape(evaluate, theta, task, start)
