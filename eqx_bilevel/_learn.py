@@ -15,8 +15,9 @@ import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._adjoint import FixedPointAdjoint, FrozenAdjoint
-from ._checkpoint import Checkpoint, fingerprint
+from ._checkpoint import Checkpoint
 from ._condition import Condition, GaussianProcess, is_concrete
+from ._fingerprint import fingerprint
 from ._gauss_newton import GaussNewton
 from ._krylov import FixedPointGMRES
 from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
@@ -155,8 +156,7 @@ def learn(
     - `checkpoint`: The path of a file that is written as learning goes on, and at its
         end. If it exists then learning goes on from there, with the same numbers to the
         last bit as if it had never stopped, and possibly more `steps`; `prior` and
-        all else must be as they were. (Numbers written inside functions are not
-        checked.)
+        all else must be as they were, with what is written in functions.
     - `throw`: Whether to raise an error if nothing could be learned.
 
     **Returns:**
