@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from ._checkpoint import Checkpoint
 from ._condition import Condition, GaussianProcess, is_concrete
 from ._fingerprint import fingerprint
 from ._gauss_newton import GaussNewton
+from ._geometry import as_key
+from ._kernels import fixed_numbers
 from ._krylov import FixedPointGMRES
 from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
 from ._outer import cold_start, evaluate, optax_update, partition, Start, Task
@@ -188,6 +191,7 @@ def learn(
         )
     if objective.batched and key is None:
         raise ValueError("`key` is needed, since the objective uses random batches.")
+    key = jax.random.key(0) if key is None else as_key(key)
     # Numbers that were given in Python have weak types, and results of steps have not:
     # everything would be compiled twice.
     dtype = conditions[0].points.dtype
@@ -198,6 +202,7 @@ def learn(
     objective = functions_as_pytrees(objective)
     task = Task(None, objective, solver, adjoint, jnp.asarray(max_inner_steps))
     learned_at_all, _ = partition(prior, conditions, task)
+    _warn_of_fixed(prior)
     if scale_search and not has_scale(prior, conditions[0].points.shape[1]):
         scale_search = False
     optimiser = _optimiser(optimiser, learned_at_all, objective, bool(scale_search))
@@ -219,7 +224,7 @@ def learn(
             task,
             optimiser,
             8 if scale_search is True else int(scale_search),
-            jax.random.key(0) if key is None else key,
+            key,
             Limits(steps, rtol, patience),
             record,
             file,
@@ -246,6 +251,18 @@ def _adjoint(gradient: str) -> optx.AbstractAdjoint:
             f"`gradient` must be 'implicit' or 'frozen', got {gradient!r}."
         )
     return adjoints[gradient]
+
+
+def _warn_of_fixed(prior: Any) -> None:
+    numbers = fixed_numbers(prior)
+    if numbers:
+        shown = " and ".join(f"`{name}`" for name in numbers)
+        warnings.warn(
+            f"{shown} will not be learned: a Python float is a constant, and nothing "
+            "else in that kernel is learned either. Make it an array, or an "
+            "`eqx_bilevel.Positive`; or an `eqx_bilevel.Frozen`, if it is to stay.",
+            stacklevel=3,
+        )
 
 
 # Beyond the first number hyperparameters are probably weights of a network. At the
@@ -281,10 +298,12 @@ def _optimiser(optimiser, theta, objective, searched: bool) -> Optimiser:
             "`optimiser` is for least squares, but the objective is no sum of squares. "
             "Use a minimiser, such as `eqx_bilevel.BoundedBFGS`."
         )
-    if isinstance(optimiser, optx.NelderMead):
+    if isinstance(optimiser, optx.NelderMead | optx.GoldenSearch):
+        name = type(optimiser).__name__
         raise ValueError(
-            "`optimiser` must evaluate the objective at one point in each step, which "
-            "`optimistix.NelderMead` does not."
+            "`optimiser` must evaluate the objective at one point in each step, and "
+            f"find its way from there: `optimistix.{name}` does not. Use for example "
+            "`eqx_bilevel.BoundedBFGS`."
         )
     if isinstance(optimiser, optax.GradientTransformation):
         _check_optax(optimiser, theta)
