@@ -1,7 +1,6 @@
 """A learning run in a file, from which it goes on bit for bit."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -11,22 +10,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PyTree
-
-
-def fingerprint(arguments: PyTree) -> str:
-    # Of all numbers and names in some arguments.
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(arguments):
-        if isinstance(leaf, str):
-            digest.update(leaf.encode())
-        elif eqx.is_array_like(leaf):
-            is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
-            array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
-            digest.update(f"{array.shape}{array.dtype}".encode())
-            digest.update(array.tobytes())
-    return digest.hexdigest()
 
 
 def _as_weak_as(like: Any, leaf: Any) -> Any:

@@ -25,7 +25,7 @@ class _ByIdentity:
         return id(self.value)
 
 
-class _Function(eqx.Module):
+class Function(eqx.Module):
     # A Python function, taken apart: what it closes over is data, and so are the
     # variables of its module that it reads. The rest is static and compares by value.
     closure: tuple
@@ -115,7 +115,7 @@ def _convert(fn, inside: tuple):
     if not all(_is_static(x) for x in jax.tree.leaves(static)):
         return fn
     globals_ = _ByIdentity(fn.__globals__)
-    return _Function(
+    return Function(
         closure, read, defaults, kwdefaults, fn.__code__, globals_, fn.__name__
     )
 
@@ -123,14 +123,19 @@ def _convert(fn, inside: tuple):
 _READS = ("LOAD_GLOBAL", "LOAD_NAME")
 
 
-def _globals_of(fn: types.FunctionType) -> dict[str, Any]:
-    # Also what functions defined inside it read.
-    codes, names = [fn.__code__], set()
+def names_read(code: types.CodeType) -> list[str]:
+    # Of globals, also by functions defined inside.
+    codes, names = [code], set()
     for code in codes:
         # Not `co_names`, which has the names of attributes as well.
         names.update(i.argval for i in dis.get_instructions(code) if i.opname in _READS)
         codes.extend(c for c in code.co_consts if isinstance(c, types.CodeType))
-    found = {n: fn.__globals__[n] for n in sorted(names & fn.__globals__.keys())}
+    return sorted(names)
+
+
+def _globals_of(fn: types.FunctionType) -> dict[str, Any]:
+    names = names_read(fn.__code__)
+    found = {n: fn.__globals__[n] for n in names if n in fn.__globals__}
     return {n: x for n, x in found.items() if _is_data(x)}
 
 

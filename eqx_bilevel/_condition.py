@@ -1,5 +1,6 @@
 """What a user states: priors and conditions."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,6 +43,7 @@ def as_points(points: Any) -> Float[Array, "n d"]:
 def as_target(target: PyTree) -> PyTree:
     # Numbers become arrays: as Python objects they would each be compiled anew.
     if callable(target):
+        _check_of_point(target, "target")
         return target
     return jax.tree.map(lambda x: _inexact(x, "target"), target)
 
@@ -51,6 +53,21 @@ def take_target(target: PyTree, chosen: Int[Array, " k"]) -> PyTree:
     if callable(target):
         return target
     return jax.tree.map(lambda t: t[chosen] if jnp.ndim(t) > 0 else t, target)
+
+
+def _check_of_point(fn: Any, name: str) -> None:
+    # Whether it can be called with one argument, as far as is known.
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise ValueError(
+            f"`{name}` is called as `{name}(x)`, with one point `x` of shape `(d,)`, "
+            f"and this function cannot be: {error}."
+        ) from error
 
 
 def is_concrete(x: Any) -> bool:
@@ -118,6 +135,8 @@ class GaussianProcess(eqx.Module):
                     "`mean` must be a scalar or a function of a point, got an array of "
                     f"shape {mean.shape}."
                 )
+        if callable(mean):
+            _check_of_point(mean, "mean")
         self.kernel = kernel
         self.mean = mean
 

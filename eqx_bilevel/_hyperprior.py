@@ -52,8 +52,8 @@ class NegativeLogHyperprior(AbstractLeastSquaresObjective, AbstractWholeObjectiv
         if found.shape != self.centre.shape:
             raise ValueError(
                 f"`NegativeLogHyperprior` knows {self.centre.size} hyperparameter(s), "
-                f"but there are {found.size}. If the scale search adds a factor, as to "
-                "a `Gibbs` kernel, then pass `scale_search=False`."
+                f"but there are {found.size}. Make it of the prior and conditions that "
+                "are given to `learn`."
             )
         return (found - self.centre) / self.std
 

@@ -120,6 +120,15 @@ class Jet:
         dims = range(self._dim)
         return jnp.stack([jnp.stack([self.d(i, j) for j in dims]) for i in dims])
 
+    def __getattr__(self, name):
+        if name.startswith("_"):  # Python and JAX look for such.
+            raise AttributeError(name)
+        raise AttributeError(
+            f"`u` has no `{name}`. An unknown function has `u.value`, `u.grad`, "
+            "`u.laplacian` and `u.hessian`, and its partial derivatives are `u.d(0)`, "
+            "`u.d(0, 1)` and so on, by the numbers of the coordinates of `x`."
+        )
+
     def __call__(self, *args):
         raise TypeError(
             "`u` is not a function but what an unknown function and its derivatives "

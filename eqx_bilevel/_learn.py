@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,12 @@ import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._adjoint import FixedPointAdjoint, FrozenAdjoint
-from ._checkpoint import Checkpoint, fingerprint
+from ._checkpoint import Checkpoint
 from ._condition import Condition, GaussianProcess, is_concrete
+from ._fingerprint import fingerprint
 from ._gauss_newton import GaussNewton
+from ._geometry import as_key
+from ._kernels import fixed_numbers
 from ._krylov import FixedPointGMRES
 from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
 from ._outer import cold_start, evaluate, optax_update, partition, Start, Task
@@ -35,7 +39,7 @@ from ._runs import (
     warm,
     with_inner_steps,
 )
-from ._scale import rescaled, search_scale, Tried
+from ._scale import has_scale, search_scale, Tried
 from ._solution import Solution
 from ._solve import (
     check_num_steps,
@@ -140,7 +144,9 @@ def learn(
         how many. They are spread between the distance of the points and the size of the
         domain, and four more are tried around the best of them. If dimensions have
         lengthscales of their own, then these are doubled or halved while that helps,
-        alone and against each other.
+        alone and against each other. A kernel that [`eqx_bilevel.rescale`][] would
+        wrap, such as one of your own, is left as it is, with a warning: wrap it
+        yourself, into [`eqx_bilevel.Stretched`][].
     - `solver`: The inner solver.
     - `max_inner_steps`: The largest number of Gauss-Newton steps for each outer step.
         Five times as many are allowed once the optimiser stops where they ran out.
@@ -164,13 +170,14 @@ def learn(
     - `checkpoint`: The path of a file that is written as learning goes on, and at its
         end. If it exists then learning goes on from there, with the same numbers to the
         last bit as if it had never stopped, and possibly more `steps`; `prior` and
-        all else must be as they were. (Numbers written inside functions are not
-        checked.)
+        all else must be as they were, with what is written in functions.
     - `throw`: Whether to raise an error if nothing could be learned.
 
     **Returns:**
 
-    A [`eqx_bilevel.Learned`][].
+    A [`eqx_bilevel.Learned`][]. Its prior and conditions have the structure of those
+    that were given, with other numbers in them, so that they can be saved and read into
+    those. (Plain functions become modules, with the arrays that they use as leaves.)
 
     **Raises:**
 
@@ -195,6 +202,7 @@ def learn(
         )
     if objective.batched and key is None:
         raise ValueError("`key` is needed, since the objective uses random batches.")
+    key = jax.random.key(0) if key is None else as_key(key)
     # Numbers that were given in Python have weak types, and results of steps have not:
     # everything would be compiled twice.
     dtype = conditions[0].points.dtype
@@ -209,10 +217,10 @@ def learn(
         conditions = thinned(conditions, subset)
     ready = with_system(solver, prior, conditions)
     task = Task(None, objective, ready, adjoint, jnp.asarray(max_inner_steps))
-    # The search may give a kernel a scale that it had not.
-    one = jnp.ones_like(conditions[0].points[0])
-    scaled = rescaled(prior, one) if scale_search else prior
-    learned_at_all, _ = partition(scaled, conditions, task)
+    learned_at_all, _ = partition(prior, conditions, task)
+    _warn_of_fixed(prior)
+    if scale_search and not has_scale(prior, conditions[0].points.shape[1]):
+        scale_search = False
     optimiser = _optimiser(optimiser, learned_at_all, objective, bool(scale_search))
     if patience is None:
         stochastic = isinstance(optimiser, optax.GradientTransformation)
@@ -232,7 +240,7 @@ def learn(
             task,
             optimiser,
             8 if scale_search is True else int(scale_search),
-            jax.random.key(0) if key is None else key,
+            key,
             Limits(steps, rtol, patience),
             record,
             file,
@@ -263,6 +271,18 @@ def _adjoint(gradient: str) -> optx.AbstractAdjoint:
             f"`gradient` must be 'implicit' or 'frozen', got {gradient!r}."
         )
     return adjoints[gradient]
+
+
+def _warn_of_fixed(prior: Any) -> None:
+    numbers = fixed_numbers(prior)
+    if numbers:
+        shown = " and ".join(f"`{name}`" for name in numbers)
+        warnings.warn(
+            f"{shown} will not be learned: a Python float is a constant, and nothing "
+            "else in that kernel is learned either. Make it an array, or an "
+            "`eqx_bilevel.Positive`; or an `eqx_bilevel.Frozen`, if it is to stay.",
+            stacklevel=3,
+        )
 
 
 # Beyond the first number hyperparameters are probably weights of a network. At the
@@ -298,10 +318,12 @@ def _optimiser(optimiser, theta, objective, searched: bool) -> Optimiser:
             "`optimiser` is for least squares, but the objective is no sum of squares. "
             "Use a minimiser, such as `eqx_bilevel.BoundedBFGS`."
         )
-    if isinstance(optimiser, optx.NelderMead):
+    if isinstance(optimiser, optx.NelderMead | optx.GoldenSearch):
+        name = type(optimiser).__name__
         raise ValueError(
-            "`optimiser` must evaluate the objective at one point in each step, which "
-            "`optimistix.NelderMead` does not."
+            "`optimiser` must evaluate the objective at one point in each step, and "
+            f"find its way from there: `optimistix.{name}` does not. Use for example "
+            "`eqx_bilevel.BoundedBFGS`."
         )
     if isinstance(optimiser, optax.GradientTransformation):
         _check_optax(optimiser, theta)
@@ -334,9 +356,8 @@ def _learn(
     start = cold_start(prior, conditions)
     if file is not None and file.exists():
         record.note("Resuming.")
-        task, stage, tried = _resume(
-            prior, conditions, task, optimiser, start, bool(num_scales), record, file
-        )
+        arguments = prior, conditions, task, optimiser, start, record, file
+        task, stage, tried = _resume(*arguments)
     else:
         tried: list[Tried] = []
         if num_scales:
@@ -372,11 +393,9 @@ def _search(prior, conditions, task: Task, start: Start, num: int, record: Recor
 
 
 def _resume(
-    prior, conditions, task, optimiser, start, searched: bool, record, file
+    prior, conditions, task, optimiser, start, record, file
 ) -> tuple[Task, Stage, list[Tried]]:
     # What is in the file has the structure that a new run begins with.
-    if searched:
-        prior = rescaled(prior, jnp.ones_like(conditions[0].points[0]))
     theta, task = partition(prior, conditions, task)
     stage = first_stage(optimiser, theta, task, start)
     _, outcome = eqx.filter_eval_shape(evaluate, theta, task, start)

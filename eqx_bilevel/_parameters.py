@@ -22,6 +22,17 @@ _Values: TypeAlias = ArrayLike | Sequence[ArrayLike]
 _MAX_SHOWN = 8
 
 
+def _no_number(self: Any, *other: Any) -> Any:
+    # With anything else, such as a kernel, it is for that to say what it means.
+    if not all(isinstance(x, AbstractParameter) or eqx.is_array_like(x) for x in other):
+        return NotImplemented
+    raise TypeError(
+        f"A `{type(self).__name__}` is no number. Kernels and operators get its value "
+        "during a solve; elsewhere use `eqx_bilevel.unwrap(...)` first, on whatever it "
+        "is part of, or its `value`."
+    )
+
+
 class AbstractParameter(eqx.Module):
     """A node of a pytree that stands for a value, and says how that value may be
     learned.
@@ -45,6 +56,11 @@ class AbstractParameter(eqx.Module):
     @abc.abstractmethod
     def value(self) -> PyTree:
         """What this parameter stands for."""
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _no_number
+    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __matmul__ = _no_number
+    __rmatmul__ = __neg__ = __abs__ = __float__ = _no_number
+    __lt__ = __le__ = __gt__ = __ge__ = _no_number
 
 
 class Positive(AbstractParameter):
@@ -201,6 +217,9 @@ class Frozen(AbstractParameter):
     def __init__(self, value: PyTree):
         if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
             value = _as_float_array("Frozen", value)
+        elif type(value) in (list, tuple) and len(value) > 0:
+            numbers = all(type(x) in (int, float) for x in value)
+            value = _as_float_array("Frozen", value) if numbers else value
         self.wrapped = value
 
     @property
@@ -213,8 +232,9 @@ class Frozen(AbstractParameter):
 
 Frozen.__init__.__doc__ = """**Arguments:**
 
-- `value`: any pytree; it may contain other parameters. A bare number becomes an array
-    of the default floating-point dtype; everything else is kept as it is.
+- `value`: any pytree; it may contain other parameters. A number, or a list or tuple of
+    numbers, becomes an array of the default floating-point dtype; everything else is
+    kept as it is.
 """
 
 

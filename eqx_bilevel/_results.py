@@ -18,7 +18,9 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "An operator or one of its derivatives is not finite (it is inf or nan) where "
         "it is linearised for its nugget, which is at the prior's mean unless the "
         "condition has a `reference`. Give it one, or write the operator such that it "
-        "is finite there: `sqrt(x + 1e-12)` instead of `sqrt(x)`, for example."
+        "is finite there: `sqrt(x + 1e-12)` instead of `sqrt(x)`, for example. Or it "
+        "is the kernel that is not finite, or has no such derivatives, where both of "
+        "its points are the same."
     )
     no_scale = (
         "The prior variance of a condition's linearised operator is zero, so that "

@@ -1,5 +1,6 @@
 """The search for factors of all lengthscales, before any local method."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float
 from ._condition import Condition, GaussianProcess
 from ._gram import Block, variances
 from ._kernels import AbstractKernel, rescale
-from ._parameters import unwrap
+from ._parameters import AbstractParameter, unwrap
 from ._problem import priors_of
 
 
@@ -32,10 +33,55 @@ def correlation_length(kernel: AbstractKernel, points: Array) -> Float[Array, ""
 
 
 def rescaled(prior: Any, factor: Float[Array, " d"]) -> Any:
-    # The prior with all lengthscales multiplied by one factor for each dimension.
-    scale = lambda p: eqx.tree_at(lambda p: p.kernel, p, rescale(p.kernel, factor))
+    # The prior with all lengthscales multiplied by one factor for each dimension. What
+    # is learned has the structure of what was given, so that either can be saved and
+    # read into the other: kernels that would get another one stay as they are.
+    def scale(p):
+        kernel = rescale(p.kernel, factor)
+        alike = _structure(kernel) == _structure(p.kernel)
+        return eqx.tree_at(lambda p: p.kernel, p, kernel) if alike else p
+
     is_prior = lambda x: isinstance(x, GaussianProcess)
     return jax.tree.map(scale, prior, is_leaf=is_prior)
+
+
+def _structure(kernel: Any) -> tuple:
+    # With where arrays are: a number that became one would be learned.
+    leaves, structure = jax.tree.flatten(eqx.filter(kernel, eqx.is_array))
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def has_scale(prior: Any, dim: int) -> bool:
+    # Whether there are lengthscales to search for. Warns of kernels that it must leave.
+    for unknown, p in priors_of(prior).items():
+        left = _not_rescalable(p.kernel, jnp.ones(dim))
+        names = sorted({type(k).__name__ for k in left})
+        if names:
+            classes = " and ".join(f"`{name}`" for name in names)
+            warnings.warn(
+                f"The scale search leaves the kernel of {unknown!r} as it is, because "
+                f"rescaling {classes} would change its structure. Use "
+                "`eqx_bilevel.rescale(kernel, 1.0)`, which adds a factor that can be "
+                "learned (a kernel of your own becomes "
+                "`eqx_bilevel.Stretched(kernel, 1.0)`); or register "
+                "`eqx_bilevel.rescale` for the class; or pass `scale_search=False`.",
+                stacklevel=3,
+            )
+    twice = rescaled(prior, jnp.full(dim, 2.0))
+    return not eqx.tree_equal(prior, twice)
+
+
+def _not_rescalable(kernel: AbstractKernel, factor: Any) -> list[AbstractKernel]:
+    # The innermost kernels in it whose structure changes if they are rescaled.
+    if _structure(rescale(kernel, factor)) == _structure(kernel):
+        return []
+    if rescale.dispatch(type(kernel)) is rescale.dispatch(object):
+        return [kernel]
+    kinds = AbstractKernel, AbstractParameter
+    is_leaf = lambda x: x is not kernel and isinstance(x, kinds)
+    leaves = jax.tree.leaves(kernel, is_leaf=is_leaf)
+    inner = [k for k in leaves if isinstance(k, AbstractKernel)]
+    return [found for k in inner for found in _not_rescalable(k, 1.0)] or [kernel]
 
 
 def scales(conditions: Sequence[Condition], num: int) -> np.ndarray:

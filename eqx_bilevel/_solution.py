@@ -12,6 +12,7 @@ import wadler_lindig as wl
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from ._closure import function_as_pytree
+from ._geometry import as_key
 from ._gram import Block, dense, GramOperator
 from ._jets import (
     evaluate,
@@ -173,6 +174,7 @@ class Solution(eqx.Module):
         dictionary of such arrays, drawn jointly.
         """
         x, _ = _points(x, self._problem)
+        key = as_key(key)
         out = _sample(self, self._operators(operator), x, key, num_samples)
         return self._one_or_all(operator, out)
 

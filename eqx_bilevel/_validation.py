@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from ._condition import as_points, as_target, Condition, is_concrete, take_target
+from ._geometry import as_key
 from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
 from ._parameters import unwrap
 from ._problem import find_condition, target_array
@@ -187,7 +188,7 @@ def hold_out(
         raise ValueError(
             f"`share` must leave points on both sides: {share} of {n} points are {num}."
         )
-    order = jax.random.permutation(key, n)
+    order = jax.random.permutation(as_key(key), n)
     held, kept = order[:num], order[num:]
 
     points, target = condition.points, condition.target

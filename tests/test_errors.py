@@ -3,6 +3,7 @@
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import equinox as eqx
 import eqx_bilevel as eb
@@ -127,6 +128,18 @@ _wrong = {
     "target of a vector": (
         lambda: _solve(_pde(target=lambda x: x)),
         r"target of condition 'pde' must be.*got \[\(8, 1\)\]",
+    ),
+    "target of two arguments": (
+        lambda: _pde(target=lambda t, x: t * x),
+        r"`target` is called as `target\(x\)`.*missing a required argument: 'x'",
+    ),
+    "target of the validation of two arguments": (
+        lambda: eb.ValidationResidual(grid, target=lambda t, x: t * x),
+        r"`target` is called as `target\(x\)`",
+    ),
+    "mean of two arguments": (
+        lambda: eb.GaussianProcess(eb.Gaussian(0.5), lambda t, x: t * x),
+        r"`mean` is called as `mean\(x\)`",
     ),
     "target of another kind": (
         lambda: _pde(target=object()),
@@ -364,6 +377,39 @@ _wrong = {
         ),
         "`optimiser` must evaluate the objective at one point.*NelderMead",
     ),
+    "optimiser between bounds": (
+        lambda: eb.learn(
+            _prior(),
+            data,
+            eb.ValidationResidual(grid, "ends"),
+            optimiser=optx.GoldenSearch(1e-3, 1e-3),
+        ),
+        "`optimiser` must evaluate the objective at one point.*GoldenSearch",
+    ),
+    "key of learn": (
+        lambda: eb.learn(_prior(), data, _objective(), key=0),  # pyright: ignore
+        r"`key` must be a JAX random key, such as `jax.random.key\(0\)`, got 0",
+    ),
+    "key of a sampler": (
+        lambda: eb.Box(0.0, 1.0).interior(3, key=0),  # pyright: ignore
+        r"`key` must be a JAX random key, such as `jax.random.key\(0\)`, got 0",
+    ),
+    "key of a combination": (
+        lambda: (eb.Box(0.0, 2.0) | eb.Box(1.0, 3.0)).boundary(2, key=0),  # pyright: ignore
+        "`key` must be a JAX random key",
+    ),
+    "key of points that are held out": (
+        lambda: eb.hold_out(data[0], key=0),  # pyright: ignore
+        "`key` must be a JAX random key",
+    ),
+    "key of a network": (
+        lambda: eb.LengthscaleNetwork(1, key=0),  # pyright: ignore
+        "`key` must be a JAX random key",
+    ),
+    "name of a face": (
+        lambda: eb.Box(0.0, 1.0).boundary(2, faces=["left"]),  # pyright: ignore
+        r"`faces` must be .*got \['left'\].*\[\(0, 'lower'\), \(0, 'upper'\)\]",
+    ),
     "optimiser with a line search": (
         lambda: eb.learn(
             _prior(),
@@ -449,6 +495,7 @@ def check(case: str) -> None:
 # The tests' checks of annotations find these too, and first. They are tested without.
 _annotated = {"points of another kind", "prior", "kernel", "operator", "no condition"}
 _annotated |= {"one condition", "generator", "solver", "whitened solver"}
+_annotated |= {key for key in _wrong if key.startswith(("key of", "name of a face"))}
 _annotated |= {"objective", "optimiser", "axes in a tuple", "function as objective"}
 
 
@@ -479,6 +526,72 @@ def _run(code: str) -> str:
 
 def test_wrong_input_of_another_kind():
     assert _run(_without_checks) == "done\n"
+
+
+def test_operators_attributes():
+    message = "`u` has no `dt`.*`u.grad`.*`u.d\\(0\\)`"
+    with pytest.raises(AttributeError, match=message) as error:
+        _solve(_pde(operator=lambda u, x: u.dt))
+    assert any("operator of condition 'pde'" in n for n in error.value.__notes__)
+
+
+def test_parameters_are_no_numbers():
+    parameter = eb.Positive(2.0)
+    for call in (
+        lambda: 2 * parameter,
+        lambda: parameter * 2.0,
+        lambda: jnp.ones(3) / parameter,
+        lambda: np.ones(3) * parameter,
+        lambda: np.float64(1.0) - parameter,
+        lambda: parameter**2,
+        lambda: parameter @ jnp.ones(3),
+        lambda: -parameter,
+        lambda: float(parameter),
+        lambda: parameter > 1.0,
+        lambda: parameter + parameter,
+        lambda: Width(parameter)(ends[0], ends[1]),
+    ):
+        with pytest.raises(TypeError, match=r"no number.*`eqx_bilevel.unwrap"):
+            call()
+    # With kernels they are.
+    assert eb.Positive(2.0) * eb.Gaussian(1.0) == eb.Gaussian(1.0) * eb.Positive(2.0)
+    assert eb.unwrap(Width(parameter))(ends[0], ends[1]) == jnp.exp(-2.0)
+
+
+class Width(eb.AbstractKernel):
+    width: eb.AbstractParameter | float
+
+    def __call__(self, x, y):
+        return jnp.exp(-jnp.sum((x - y) ** 2) / self.width)
+
+
+class Cusp(eb.AbstractKernel):
+    def __call__(self, x, y):
+        return jnp.exp(-jnp.sqrt(jnp.sum((x - y) ** 2)))
+
+
+@pytest.mark.parametrize(
+    "kernel, named",
+    [
+        (2.0 * Width(1.0), "`Width.width` will"),
+        (eb.Gaussian(1.0) + eb.Subspace(Width(1.0), 0), "`Width.width` will"),
+        (eb.Gaussian(1.0) + Width(eb.Frozen(1.0)) + eb.Frozen(Width(1.0)), None),
+        (eb.Gaussian(1.0) + Width(eb.Positive(1.0)) + eb.Matern(1.0), None),
+    ],
+)
+def test_floats_that_are_not_learned(kernel, named):
+    args = eb.GaussianProcess(kernel), data, _objective(), optax.sgd(1e-9)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        eb.learn(*args, steps=1, scale_search=False, throw=False)
+    messages = [str(w.message) for w in caught]
+    assert len(messages) == (named is not None)
+    assert all(named in m for m in messages)
+
+
+def test_kernel_that_is_not_differentiable():
+    with pytest.raises(RuntimeError, match="Or it is the kernel that is not finite"):
+        _solve(_pde(), prior=eb.GaussianProcess(Cusp()))
 
 
 def test_operators_errors_say_where():

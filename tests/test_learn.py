@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
+from eqx_bilevel._solve import functions_as_pytrees
 
 
 def _exact(x):
@@ -320,19 +321,86 @@ def test_scale_search(start):
     assert _error(learned.solution) < 1e-4
 
 
-def test_scale_search_without_lengthscale():
-    class Own(eb.AbstractKernel):
-        def __call__(self, x, y):
-            return jnp.exp(-0.5e4 * jnp.sum((x - y) ** 2))
+class Own(eb.AbstractKernel):
+    def __call__(self, x, y):
+        return jnp.exp(-0.5e4 * jnp.sum((x - y) ** 2))
 
+
+class Wide(eb.AbstractKernel):
+    width: eb.AbstractParameter
+
+    def __call__(self, x, y):
+        return jnp.exp(-jnp.sum((x - y) ** 2) / (2 * self.width**2))
+
+
+@eb.rescale.register(Wide)
+def _(kernel, factor):
+    factor = jnp.exp(jnp.mean(jnp.log(factor)))
+    new = eb.with_value(kernel.width, factor * kernel.width.value)
+    return eqx.tree_at(lambda k: k.width, kernel, new)
+
+
+def test_scale_search_without_lengthscale():
+    kernel = eb.Stretched(Own(), 1.0)
+    assert eqx.tree_equal(kernel, eb.rescale(Own(), 1.0))
     learned = eb.learn(
-        eb.GaussianProcess(Own()),
+        eb.GaussianProcess(kernel),
         _conditions(),
         eb.ValidationResidual(validation),
         steps=15,
     )
-    assert isinstance(learned.prior.kernel, eb.Stretched)
     assert _error(learned.solution) < 1e-4
+
+
+_by_itself = eb.Gibbs(lambda x: 0.3 + 0 * x[0])
+
+
+@pytest.mark.parametrize(
+    "kernel, named",
+    [
+        (Wide(eb.Positive(0.1)), None),
+        (2.0 * Own() + eb.Gaussian(0.1), "Own"),
+        (eb.Subspace(Own(), 0) * eb.Gaussian(0.1), "Own"),
+        (eb.Warped(Own() + 1.0, lambda x: x), "Own"),
+        (_by_itself + eb.Stretched(Own(), 2.0), "Gibbs"),
+        (eb.Frozen(Own()) + eb.Gaussian(0.1), None),
+        (eb.Stretched(Own(), eb.Frozen(2.0)) + 1.0, "Own"),
+    ],
+)
+def test_what_is_learned_has_the_structure_of_what_was_given(kernel, named, tmp_path):
+    # A given prior may have functions, which become modules.
+    kernel, wide = functions_as_pytrees(kernel), Wide(eb.Positive(1.0))
+    priors = {"u": eb.GaussianProcess(kernel), "v": eb.GaussianProcess(wide)}
+    conditions = [
+        eb.Condition(lambda u, x: u["u"].value + u["u"].d(0, 0), validation[::3], 1.0),
+        eb.Condition(lambda u, x: u["v"].value - u["u"].value, validation[1::3]),
+    ]
+    objective = eb.ValidationResidual(validation, "conditions[0]")
+    args = priors, conditions, objective, optax.adam(0.01)
+    kwargs = dict(steps=1, scale_search=2, throw=False)
+    if named is None:
+        learned = eb.learn(*args, **kwargs)
+    else:
+        with pytest.warns(UserWarning, match=f"of 'u' as it is, .* `{named}` would"):
+            learned = eb.learn(*args, **kwargs)
+    assert jax.tree.structure(learned.prior) == jax.tree.structure(priors)
+    stated = list(map(functions_as_pytrees, conditions))
+    assert jax.tree.structure(learned.conditions) == jax.tree.structure(stated)
+    # The rest is searched for nevertheless.
+    assert len(learned.scale_search) >= 2
+    width = learned.prior["v"].kernel.width.value
+    assert not np.isclose(width, 1.0, rtol=0.02)
+    eqx.tree_serialise_leaves(tmp_path / "prior", learned.prior)
+    read = eqx.tree_deserialise_leaves(tmp_path / "prior", priors)
+    assert eqx.tree_equal(read, learned.prior)
+
+
+def test_nothing_to_rescale():
+    prior = eb.GaussianProcess(eb.Positive(0.1) * Own())
+    args = prior, _conditions(), eb.ValidationResidual(validation), optax.adam(0.01)
+    with pytest.warns(UserWarning, match="Stretched") as caught:
+        learned = eb.learn(*args, steps=1, throw=False)
+    assert len(caught) == 1 and learned.scale_search == []
 
 
 def test_frozen_stays_and_coefficients_are_learned():

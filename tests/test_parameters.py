@@ -112,6 +112,10 @@ def test_dtype(cls):
         assert parameter.raw.dtype == parameter.value.dtype == jnp.float32
     assert Frozen(0.5).value.dtype == jnp.float64
     assert Frozen(jnp.float32(0.5)).value.dtype == jnp.float32
+    for given in ([0.5, 1], (0.5, 1)):
+        value = Frozen(given).value
+        np.testing.assert_array_equal(value, [0.5, 1.0])
+        assert value.dtype == jnp.float64
 
 
 def test_no_recompile_after_update():

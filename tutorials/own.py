@@ -143,6 +143,9 @@ plot.slices(learned, domain, at=[0.0, 0.5, 1.0], exact=exact, names=("t", "x"))
 #
 # - Start a kernel where it is wrong in as few ways as possible. With a short `memory`
 #   it need not care about the speed, and learning ends at a worse minimum.
+# - The scale search, turned off here, leaves a kernel of your own as it is. It is given
+#   a scale by `eb.Stretched(kernel, 1.0)`, or a length of its own can serve, if
+#   [`eqx_bilevel.rescale`][] is registered.
 # - A kernel that is not infinitely smooth says so, with [`eqx_bilevel.smoothness`][].
 #   One that has something costly for each point, such as a network, is an
 #   [`eqx_bilevel.AbstractFeatureKernel`][].

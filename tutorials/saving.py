@@ -114,7 +114,8 @@ print(len(rows), "steps, the last of them", rows[-1])
 # ## Keeping what was learned
 #
 # Priors, conditions and solutions are PyTrees, and are saved like any other Equinox
-# model. To load one, make one of the same structure. For a solution that is
+# model. To load one, make one of the same structure. For a learned prior that is the
+# one it was learned from; for a solution it is
 # `eqx.filter_eval_shape` of the solve, which computes nothing.
 
 # %%

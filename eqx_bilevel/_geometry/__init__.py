@@ -9,4 +9,8 @@ from ._combination import (
 from ._domain import AbstractDomain as AbstractDomain
 from ._point_cloud import PointCloud as PointCloud
 from ._polygon import Polygon as Polygon
-from ._sampling import farthest as farthest, farthest_first as farthest_first
+from ._sampling import (
+    as_key as as_key,
+    farthest as farthest,
+    farthest_first as farthest_first,
+)

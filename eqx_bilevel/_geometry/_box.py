@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from ._domain import AbstractDomain, at_each_point, length
-from ._faces import all_faces, check_face, corners, counts_per_face, SIDES
+from ._faces import as_faces, check_face, corners, counts_per_face, SIDES
 from ._sampling import (
     as_count,
     as_counts,
@@ -190,15 +190,7 @@ class Box(AbstractDomain):
 
         An array of shape `(n, d)`.
         """
-        if faces is None:
-            faces = all_faces(self.dim)
-        if len(faces) == 0 or len(set(faces)) != len(faces):
-            raise ValueError(
-                "`faces` must be different pairs `(axis, side)`, at least one of them, "
-                f"got {faces}."
-            )
-        for axis, side in faces:
-            check_face(self.dim, axis, side)
+        faces = as_faces(self.dim, faces)
         check_method(method, METHODS)
         counts = counts_per_face(self.dim, n, method, faces)
         points = [

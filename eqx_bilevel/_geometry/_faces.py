@@ -1,6 +1,7 @@
 """The bounds and the faces of a box."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,11 +36,30 @@ def all_faces(dim: int) -> list[tuple[int, str]]:
     return [(axis, side) for axis in range(dim) for side in SIDES]
 
 
+def as_faces(dim: int, faces: Any) -> list[tuple[int, str]]:
+    if faces is None:
+        return all_faces(dim)
+    try:
+        pairs = [(axis, side) for axis, side in faces]
+        ok = len(pairs) > 0 and len(set(pairs)) == len(pairs)
+        ok = ok and all(isinstance(pair, tuple | list) for pair in faces)
+    except (TypeError, ValueError):
+        ok, pairs = False, []
+    if not ok:
+        raise ValueError(
+            "`faces` must be different pairs `(axis, side)`, at least one of them, got "
+            f"{faces!r}. This box has the faces {all_faces(dim)}."
+        )
+    for axis, side in pairs:
+        check_face(dim, axis, side)
+    return pairs
+
+
 def check_face(dim: int, axis: int, side: str) -> None:
-    if not 0 <= axis < dim:
+    if not (isinstance(axis, int | np.integer) and 0 <= axis < dim):
         raise ValueError(
             f"`axis` must be at least 0 and less than {dim}, the dimension of the box, "
-            f"got {axis}."
+            f"got {axis!r}."
         )
     if side not in SIDES:
         raise ValueError(f"`side` must be 'lower' or 'upper', got {side!r}.")

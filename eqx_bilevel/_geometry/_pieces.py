@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ._box import Box
 from ._domain import AbstractDomain, rounding
 from ._faces import all_faces
+from ._sampling import as_key
 
 
 class _Piece(NamedTuple):
@@ -52,7 +53,7 @@ def boundary_of_parts(
     drawn = []
     for piece in pieces:
         count = math.ceil(n * piece.measure / total)
-        own = None if key is None else jr.fold_in(key, piece.shape)
+        own = None if key is None else jr.fold_in(as_key(key), piece.shape)
         drawn.append(piece.points(count, key=own, method=method))
     ends = np.cumsum([len(x) for x in drawn])
     owner = np.repeat([piece.shape for piece in pieces], [len(x) for x in drawn])

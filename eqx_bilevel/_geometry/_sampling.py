@@ -36,6 +36,17 @@ def required_key(key: PRNGKeyArray | None, method: str) -> PRNGKeyArray:
             f"`key` is needed for `method={method!r}`: pass for example "
             "`key=jax.random.key(0)`."
         )
+    return as_key(key)
+
+
+def as_key(key: Any) -> PRNGKeyArray:
+    # Old keys, of integers, are keys as well.
+    dtype = getattr(key, "dtype", None)
+    new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (new or dtype == jnp.uint32):
+        raise ValueError(
+            f"`key` must be a JAX random key, such as `jax.random.key(0)`, got {key!r}."
+        )
     return key
 
 

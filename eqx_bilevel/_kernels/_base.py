@@ -188,7 +188,16 @@ def rescale(kernel: Any, factor: ArrayLike) -> Any:
     no lengthscale, such as [`eqx_bilevel.Polynomial`][], are not changed.
 
     This is a `functools.singledispatch` function. A kernel of your own for which it is
-    not registered is wrapped into [`eqx_bilevel.Stretched`][].
+    not registered is wrapped into [`eqx_bilevel.Stretched`][]. Register it if the
+    kernel has a length, a parameter `width` for instance:
+
+    ```python
+    @eqx_bilevel.rescale.register(MyKernel)
+    def _(kernel, factor):
+        factor = jnp.exp(jnp.mean(jnp.log(factor)))  # One for all dimensions.
+        new = eqx_bilevel.with_value(kernel.width, factor * kernel.width.value)
+        return eqx.tree_at(lambda k: k.width, kernel, new)
+    ```
 
     **Arguments:**
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._geometry import as_key
 from .._parameters import AbstractParameter, value_of
 from ._fields import ParameterLike, positive_field
 
@@ -48,6 +49,7 @@ class LengthscaleNetwork(eqx.Module):
         if out_size != "scalar" and not isinstance(scale, AbstractParameter):
             # As many as a search for the scale of each dimension finds.
             scale = jnp.broadcast_to(jnp.asarray(scale, float), (out_size,))
+        key = as_key(key)
         self.scale = positive_field("scale", 1)(scale)
         self.mlp = eqx.nn.MLP(
             in_size, out_size, width_size, depth, activation=jnp.tanh, key=key
