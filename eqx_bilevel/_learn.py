@@ -64,8 +64,10 @@ class Learned(eqx.Module):
         typical lengthscale for each dimension, and `objective`.
     """
 
-    prior: GaussianProcess | dict[str, GaussianProcess]
-    conditions: list[Condition]
+    # Not `GaussianProcess | dict`, nor `Condition`: what is in them is the user's, and
+    # type checkers should let `learned.prior.kernel.lengthscale` pass.
+    prior: Any
+    conditions: list[Any]
     solution: Solution
     objective: Array
     converged: bool

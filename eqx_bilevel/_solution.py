@@ -13,7 +13,6 @@ import wadler_lindig as wl
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from ._closure import function_as_pytree
-from ._condition import Condition, GaussianProcess
 from ._gram import Block, covariance, covariance_product, dense, GramOperator, variances
 from ._jets import (
     evaluate,
@@ -62,8 +61,8 @@ class Solution(eqx.Module):
         conditions' residuals).
     """
 
-    prior: GaussianProcess | dict[str, GaussianProcess]
-    conditions: list[Condition]
+    prior: Any  # See `Learned`.
+    conditions: list[Any]
     weights: Float[Array, " M"]
     result: RESULTS
     stats: dict[str, PyTree]
