@@ -55,7 +55,8 @@ _with_code = [p for p in pages if _code((docs / p).read_text())]
 
 
 @pytest.mark.parametrize("page", [p for p in _with_code if p not in _RUN_ELSEWHERE])
-def test_code_runs(page, monkeypatch):
+def test_code_runs(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # Files are written.
     monkeypatch.setattr(eb, "learn", _quick(eb.learn))
     names = dict(_quick_example())
     for code in _code((docs / page).read_text()):
