@@ -346,7 +346,8 @@ GaussNewton.__init__.__doc__ = """**Arguments:**
 - `rtol`: Relative tolerance, with respect to the largest value of each derivative.
 - `atol`: Absolute tolerance.
 - `norm`: Unused: as in other Optimistix solvers, but tolerances are for each value.
-- `linear_solver`: A Lineax solver for symmetric positive definite matrices.
+- `linear_solver`: A direct Lineax solver for symmetric positive definite matrices. An
+    iterative one, such as `lx.CG`, leaves errors that `result` does not see.
 - `verbose`: Whether to print one line for each step; or a function that is called with
     keyword arguments `name=(description, value)` instead, as in Optimistix.
 """

@@ -128,8 +128,8 @@ for claim in (true_slope, 5.0):
     ]
     solution = eb.solve(prior, conditions)
     largest = {k: f"{jnp.abs(r).max():.0e}" for k, r in solution.residuals().items()}
-    left = objective(solution)
-    print(f"slope {claim:.2f}: objective {left:.0e}, residuals {largest}")
+    total = objective(solution)
+    print(f"slope {claim:.2f}: objective {total:.0e}, residuals {largest}")
 
 # %% [markdown]
 # The objective shows it, and `residuals()`: they are large, and stay so whatever kernel
