@@ -63,7 +63,7 @@ def from_gpjax(kernel: Any) -> AbstractKernel:
     `ImportError` if GPJax is not installed.
     """
     try:
-        import gpjax.kernels as gk
+        import gpjax.kernels as gk  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             '`from_gpjax` needs GPJax: `pip install "eqx_bilevel[gpjax]"`.'
@@ -102,8 +102,8 @@ def _formula(x: Any) -> str | None:
 
 
 def _parameter(x: Any, factor: float = 1.0) -> AbstractParameter:
-    import gpjax.parameters
-    import paramax
+    import gpjax.parameters  # pyright: ignore[reportMissingImports]
+    import paramax  # pyright: ignore[reportMissingImports]
 
     value = factor * jnp.squeeze(jnp.asarray(paramax.unwrap(x)))
     value = jnp.asarray(value, value.dtype)  # A weak type would be compiled twice.
@@ -115,7 +115,7 @@ def _parameter(x: Any, factor: float = 1.0) -> AbstractParameter:
 
 
 def _is_trained(x: Any) -> bool:
-    import paramax
+    import paramax  # pyright: ignore[reportMissingImports]
 
     is_fixed = lambda x: isinstance(x, paramax.NonTrainable)
     return any(map(eqx.is_inexact_array, jax.tree.leaves(x, is_leaf=is_fixed)))
@@ -198,7 +198,7 @@ def _differentiable(kernel: Any) -> Any:
     # With those kernels inside it replaced that have no derivatives at x = y, and with
     # what is not trained marked as it is here. GPJax takes plain arrays in the place of
     # parameters.
-    import paramax
+    import paramax  # pyright: ignore[reportMissingImports]
 
     def is_leaf(x):
         if isinstance(x, paramax.NonTrainable):

@@ -167,10 +167,11 @@ def learn(
     - `callback`: A function, or several, called after each step with an
         [`eqx_bilevel.Progress`][]. If one returns true then learning stops there, with
         what is best up to then.
-    - `checkpoint`: The path of a file that is written as learning goes on, and at its
-        end. If it exists then learning goes on from there, with the same numbers to the
-        last bit as if it had never stopped, and possibly more `steps`; `prior` and
-        all else must be as they were, with what is written in functions.
+    - `checkpoint`: The path of a file that is written after each step, or less often if
+        writing takes long, and at the end, be that an error or Ctrl-C. If it exists
+        then learning goes on from there, with the same numbers to the last bit as if it
+        had never stopped, and possibly more `steps`; `prior` and all else must be as
+        they were, with what is written in functions.
     - `throw`: Whether to raise an error if nothing could be learned.
 
     **Returns:**

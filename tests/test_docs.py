@@ -55,7 +55,8 @@ _with_code = [p for p in pages if _code((docs / p).read_text())]
 
 
 @pytest.mark.parametrize("page", [p for p in _with_code if p not in _RUN_ELSEWHERE])
-def test_code_runs(page, monkeypatch):
+def test_code_runs(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # Files are written.
     monkeypatch.setattr(eb, "learn", _quick(eb.learn))
     names = dict(_quick_example())
     for code in _code((docs / page).read_text()):
@@ -198,6 +199,68 @@ def test_links_of_the_readme_and_of_docstrings_lead_somewhere():
 def test_broken_links_are_found():
     text = "[a](./method.md#the-outer-problem) [b](./method.md#nothing) [c](no.md)"
     assert _broken(text, docs) == ["./method.md#nothing", "no.md"]
+
+
+def _external(text: str) -> list[str]:
+    # XML namespaces are no links.
+    found = re.findall(r"""https?://[^\s)>"'`\]}]+""", text)
+    return [url.rstrip(".,;") for url in found if "www.w3.org" not in url]
+
+
+def _sources() -> list[pathlib.Path]:
+    named = ["README.md", "CHANGELOG.md", "pyproject.toml", "mkdocs.yml"]
+    folders = ["docs", "eqx_bilevel", "tutorials", "benchmarks"]
+    below = [p for folder in folders for p in (root / folder).rglob("*")]
+    return [root / n for n in named] + [p for p in below if p.suffix in (".md", ".py")]
+
+
+def _canonical(url: str) -> str:
+    # The same for what leads to the same place. An organisation may change its name,
+    # and only one of its names should be in use.
+    url = re.sub(r"^https?://(www\.)?", "", url.lower()).rstrip("/")
+    url = re.sub(
+        r"^arxiv\.org/(abs|pdf|html)/([\d.]+\d)(v\d+)?(\.pdf)?", r"arxiv/\2", url
+    )
+    url = re.sub(r"^github\.com/[^/]+/([^/]+?)(\.git)?$", r"github/\1", url)
+    return re.sub(r"/(latest|stable|main|master)/", "/", url)
+
+
+def _doubtful(urls: list[str]) -> set[str]:
+    by_place: dict[str, set[str]] = {}
+    for url in urls:
+        by_place.setdefault(_canonical(url), set()).add(url)
+    variants = [same for same in by_place.values() if len(same) > 1]
+    plain = {url for url in urls if not url.startswith("https://")}
+    return plain.union(*variants)
+
+
+def test_external_links_are_secure_and_written_in_one_way():
+    urls = [url for path in _sources() for url in _external(path.read_text())]
+    assert len(set(urls)) > 15
+    assert _doubtful(urls) == set()
+
+
+def test_doubtful_links_are_found():
+    good = ["https://arxiv.org/abs/2103.12959", "https://github.com/google/jaxopt"]
+    assert _doubtful(good) == set()
+    for bad in (
+        "http://example.org/page",
+        "https://arxiv.org/pdf/2103.12959v2",
+        "https://www.github.com/google/jaxopt/",
+        "https://github.com/jaxopt/jaxopt",
+    ):
+        assert bad in _doubtful([*good, bad])
+
+
+def test_texts_of_links_to_articles_are_their_numbers():
+    num_links = 0
+    for path in _sources():
+        for text, number in re.findall(
+            r"\[arXiv:([^\]]*)\]\(https://arxiv\.org/abs/([^)]*)\)", path.read_text()
+        ):
+            assert text == number and re.fullmatch(r"\d{4}\.\d{5}", number), path
+            num_links += 1
+    assert num_links > 5
 
 
 def test_all_pages_are_in_the_navigation():

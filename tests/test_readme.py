@@ -33,6 +33,7 @@ def test_example():
 def test_examples_of_the_documentation():
     names = _run("docs/examples.md")
     assert abs(names["waves"]["pressure"] - names["exact"]) < 1e-4
+    assert names["deflection_error"] < 1e-6
     assert abs(names["rate"] - 1.5) < 0.05
     at = names["times"][3]
     assert names["posterior"].std(at) > names["learned"].solution.std(at)

@@ -1,6 +1,7 @@
 """The tutorials run, say what they found, and find it."""
 
 import pathlib
+import re
 import runpy
 
 import equinox as eqx
@@ -208,6 +209,15 @@ def test_trouble(capsys):
     # The solution is exact: errors in units of what is claimed.
     squares = np.mean(np.square(left["errors_of_data"])) / np.square(left["claims"])
     np.testing.assert_allclose(left["squares"], squares, rtol=1e-2)
+
+    # The slope is claimed twice, and only the wrong one shows in the objective.
+    objectives = re.findall(r"^slope .*: objective ([^,]*),", printed, re.MULTILINE)
+    assert float(objectives[0]) < 1e-6 and float(objectives[1]) > 1
+    # Error bars that the equation has put right: they hold, at any variance.
+    bars_of, deviations = left["bars_of"], np.abs(left["deviations"])[1:-1]
+    for bar in bars_of.values():
+        np.testing.assert_allclose(bar[1:-1], bars_of[1.0][1:-1], rtol=1e-2)
+        assert 0.2 < np.max(deviations / bar[1:-1]) < 3
 
 
 def test_saving(capsys):

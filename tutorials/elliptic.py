@@ -113,7 +113,7 @@ def learn(start, scale_search, conditions, objective):
 
 
 # Maximum errors of one or two runs for each start in the logs of arXiv:2510.05568. Each
-# run took 1500 steps of Adam, in 233 to 265 s on a GPU.
+# run took 1500 steps of Adam, in 233 to 265 s.
 published = {
     0.01: "nan, 4.8",
     0.05: "6.2e-5, 4.2e-5",
@@ -139,7 +139,7 @@ def print_table(runs):
             cells += f"{lengthscale:11.4f} {steps:5d} {largest:9.1e} {rms:9.1e}"
             cells += f" {seconds:6.1f}   "
         print(f"{start:<5g} {cells}{published[start]}")
-    print("The first run includes compilation. Published: about 260 s each, on a GPU.")
+    print("The first run includes compilation. Published: about 260 s each.")
 
 
 def draw(runs, path):

@@ -84,9 +84,9 @@ plot.learning(learned)
 # %% [markdown]
 # ## Resuming
 #
-# With `checkpoint`, all that the next step depends on is in a file, which is written
-# every now and then, and at the end. Here learning ends after ten steps, as if the
-# process had died.
+# With `checkpoint`, all that the next step depends on is in a file. It is written after
+# each step, or less often if writing takes long, and at the end: Ctrl-C keeps all steps
+# that were finished. Here learning ends after ten of them, as if the process had died.
 
 # %%
 folder = pathlib.Path(tempfile.mkdtemp())

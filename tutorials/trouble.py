@@ -1,9 +1,9 @@
 # %% [markdown]
 # # When it goes wrong
 #
-# Six ways to get a wrong answer, on purpose: what each looks like, and what to do. The
-# quick check is the same for all. Look at `result`, at `stats`, at `residuals()`, at
-# the residual *between* the points and, with data, at `standardised_errors`.
+# Seven ways to get a wrong answer, on purpose: what each looks like, and what to do.
+# The quick check is the same for all. Look at `result`, at `stats`, at `residuals()`,
+# at the residual *between* the points and, with data, at `standardised_errors`.
 
 # %%
 import equinox as eqx
@@ -119,6 +119,7 @@ def slope(u, x):
 bratu = Bratu(jnp.array(2.0))
 true_slope = 4 * theta * jnp.tanh(theta)
 prior = eb.GaussianProcess(eb.Gaussian(0.5))
+objective = eb.ValidationResidual(between)
 for claim in (true_slope, 5.0):
     conditions = [
         eb.Condition(bratu, interior, name="bratu"),
@@ -127,13 +128,15 @@ for claim in (true_slope, 5.0):
     ]
     solution = eb.solve(prior, conditions)
     largest = {k: f"{jnp.abs(r).max():.0e}" for k, r in solution.residuals().items()}
-    norm = solution.stats["rkhs_norm"]
-    print(f"slope {claim:.2f}: residuals {largest}, norm {norm:.0e}")
+    total = objective(solution)
+    print(f"slope {claim:.2f}: objective {total:.0e}, residuals {largest}")
 
 # %% [markdown]
-# `residuals()` shows it, and the norm. Which of the conditions is to blame? Give the
-# suspect a `noise`, as if it had been measured, and ask by how many standard deviations
-# it differs from what all others predict.
+# The objective shows it, and `residuals()`: they are large, and stay so whatever kernel
+# is learned. Which of the conditions is to blame? Give the suspect a `noise`, as if it
+# had been measured, and ask by how many standard deviations it differs from what all
+# others predict. (Without noise that is often nan, since the others leave nothing
+# open.)
 
 # %%
 suspect = eb.Condition(slope, ends[:1], 5.0, noise=0.1, name="slope")
@@ -267,6 +270,34 @@ for claim, square in zip(claims, squares):
 # Too large: the noise is larger than claimed, or the model is wrong. Much below one:
 # the noise was overestimated. To learn it, minimise the evidence with a noise that is a
 # parameter, as in the [inverse problem](./inverse.md).
+#
+# ## Error bars without data
+#
+# A solve without data has error bars too: they say what the conditions leave open
+# between their points, for functions like those of the prior. But the solution does not
+# depend on the prior's variance, and nothing here has told what it is. The equation
+# does, at points where it was not imposed: what is left of it there should be as large
+# as its own error bar.
+
+# %%
+few = line.interior(10, method="grid")
+bars_of = {}
+print("variance   largest error   largest bar   factor   bar times factor")
+for variance in (1e-4, 1.0, 1e4):
+    prior = eb.GaussianProcess(eb.Scaled(eb.Gaussian(0.3), variance))
+    conditions = [eb.Condition(bratu, few), eb.Condition(value, ends)]
+    solution = eb.solve(prior, conditions)
+    ratios = solution.apply(bratu, between) / solution.std(between, bratu)
+    factor = jnp.sqrt(jnp.mean(ratios**2))
+    deviations, bar = solution(grid) - exact, solution.std(grid)
+    bars_of[variance] = factor * bar
+    row = jnp.abs(deviations).max(), bar.max(), factor, (factor * bar).max()
+    print(f"{variance:8.0e}" + "{:16.1e} {:13.1e} {:8.1e} {:18.1e}".format(*row))
+
+# %% [markdown]
+# Whatever the variance was, the factor puts it right. That ends where bars are smaller
+# than about $10^{-7}$ of the prior's own standard deviation: they are differences of
+# numbers that agree in all digits, and what is left is rounding.
 #
 # ## More
 #

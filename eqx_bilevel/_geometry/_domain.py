@@ -72,7 +72,8 @@ class AbstractDomain(eqx.Module):
 
         - `n`: how many.
         - `key`: a `jax.random.key`.
-        - `method`: how to choose them.
+        - `method`: how to choose them: `"sobol"`, `"halton"` or `"random"`. Only a box
+            has `"grid"`.
 
         **Returns:**
 
@@ -89,7 +90,8 @@ class AbstractDomain(eqx.Module):
 
         - `n`: how many.
         - `key`: a `jax.random.key`.
-        - `method`: how to choose them.
+        - `method`: how to choose them: `"sobol"`, `"halton"` or `"random"`. Only a box
+            has `"grid"`.
 
         **Returns:**
 
