@@ -13,6 +13,8 @@ from ._factor import Prior, regression
 
 # Functionals of one kind that a prediction is made from, at most.
 _MOST = 200
+# Points at which predictions are made at once.
+_AT_ONCE = 32
 
 
 class Prediction(eqx.Module):
@@ -34,9 +36,10 @@ class Prediction(eqx.Module):
 
 def predict(prior: Prior, rho: tuple[float, float], block: Block) -> Prediction:
     # From about as many functionals as a factor with these radii has parents.
-    functionals = prior.functionals
+    functionals, num = prior.functionals, block.at_each
 
-    def one(part: Block):
+    def joint(part: Block):
+        # Of the functionals around one point, and then those at it.
         part = jax.tree.map(lambda x: x[None], part)
         x = part.points[0]
         values = _nearest(functionals.values.points, x, rho[0])
@@ -45,12 +48,27 @@ def predict(prior: Prior, rho: tuple[float, float], block: Block) -> Prediction:
         across = covariance(prior.kernels, functionals.at(values, others), [part])
         own = covariance(prior.kernels, [part], [part])
         own = own + prior.nugget * jnp.diag(jnp.diagonal(own))
-        matrix = jnp.block([[inner, across], [across.T, own]])
-        weights, root, _ = regression(matrix, jnp.zeros(len(matrix), bool), len(own))
         index = jnp.concatenate([values, others + len(functionals.values.points)])
-        return index, weights, root @ root.T
+        return index, jnp.block([[inner, across], [across.T, own]])
 
-    return Prediction(*jax.lax.map(jax.checkpoint(one), block))
+    def one(matrix):
+        weights, root, _ = regression(matrix, jnp.zeros(len(matrix), bool), num)
+        return weights, root @ root.T
+
+    @jax.checkpoint
+    def several(chosen):
+        # Matrices at once, since one alone takes many small operations; and what is
+        # done with them one by one, since batches of triangular solves can hang.
+        parts = jax.tree.map(lambda x: x[chosen], block)
+        index, matrices = jax.vmap(joint)(parts)
+        return index, *jax.lax.map(one, matrices)
+
+    # The last ones are filled up with copies of the last.
+    n = len(block.points)
+    size = min(n, _AT_ONCE)
+    chosen = jnp.minimum(jnp.arange(-(-n // size) * size), n - 1).reshape(-1, size)
+    parts = jax.lax.map(several, chosen)
+    return Prediction(*(x.reshape(-1, *x.shape[2:])[:n] for x in parts))
 
 
 def _nearest(
