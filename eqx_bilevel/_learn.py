@@ -156,10 +156,12 @@ def learn(
     - `callback`: A function, or several, called after each step with an
         [`eqx_bilevel.Progress`][]. If one returns true then learning stops there, with
         what is best up to then.
-    - `checkpoint`: The path of a file that is written as learning goes on, and at its
-        end. If it exists then learning goes on from there, with the same numbers to the
-        last bit as if it had never stopped, and possibly more `steps`; `prior` and
-        all else must be as they were, with what is written in functions.
+    - `checkpoint`: The path of a file that is written before the first step (after the
+        scale search), then after each step, as long as writing takes no more than a
+        twentieth of the time, and when learning ends, also by Ctrl-C or an error. If it
+        exists then learning goes on from there, with the same numbers to the last bit
+        as if it had never stopped, and possibly more `steps`; `prior` and all else must
+        be as they were, with what is written in functions.
     - `throw`: Whether to raise an error if nothing could be learned.
 
     **Returns:**
@@ -215,7 +217,8 @@ def learn(
         names = type(optimiser).__name__, gradient
         arguments = prior, conditions, objective, optimiser, key, names
         file = Checkpoint(pathlib.Path(checkpoint), fingerprint(arguments))
-        file.check()
+        if file.exists():
+            file.header()  # Raises if it is of another run.
     record = Record(objective, steps, verbose, callbacks)
     try:
         learned = _learn(
@@ -229,6 +232,10 @@ def learn(
             record,
             file,
         )
+    except KeyboardInterrupt as error:
+        if file is not None:
+            error.add_note(_what_is_saved(file))
+        raise
     finally:
         record.close()
         if file is not None:
@@ -240,6 +247,17 @@ def learn(
         message = RESULTS[learned.solution.result] or "The objective is not finite."
         raise LearningError(f"Nothing useful was learned. {message}", learned)
     return learned
+
+
+def _what_is_saved(file: Checkpoint) -> str:
+    file.flush()
+    if not file.exists():
+        return f"Nothing was saved in `checkpoint` {str(file.path)!r} yet."
+    steps = len(file.header()["rows"])
+    return (
+        f"{steps} step(s) of `eqx_bilevel.learn` are saved in `checkpoint` "
+        f"{str(file.path)!r}. The same call goes on from there."
+    )
 
 
 def _adjoint(gradient: str) -> optx.AbstractAdjoint:
@@ -350,10 +368,13 @@ def _learn(
         stage = first_stage(optimiser, theta, task, start)
 
     def keep(stage: Stage) -> None:
-        if file is not None and record.outcome is not None:
-            header = dict(rows=list(record.rows), tried=tried)
+        if file is not None:
+            header = dict(rows=list(record.rows), tried=tried, seconds=record.seconds)
+            header["found"] = record.outcome is not None
             file.offer(header, (task.rest, stage, record.outcome))
 
+    # Before the first step, which may take minutes to compile.
+    keep(stage)
     first_theta = stage.run.theta
     converged = minimise(optimiser, stage, task, key, record, limits, keep)
     return _finish(first_theta, task, start, record, converged, tried)
@@ -378,9 +399,11 @@ def _resume(
     # What is in the file has the structure that a new run begins with.
     theta, task = partition(prior, conditions, task)
     stage = first_stage(optimiser, theta, task, start)
-    _, outcome = eqx.filter_eval_shape(evaluate, theta, task, start)
-    header, (rest, stage, outcome) = file.read((task.rest, stage, outcome))
-    record.restore(header["rows"], outcome)
+    header, outcome = file.header(), None
+    if header["found"]:
+        _, outcome = eqx.filter_eval_shape(evaluate, theta, task, start)
+    rest, stage, outcome = file.read((task.rest, stage, outcome))
+    record.restore(header["rows"], header["seconds"], outcome)
     tried = [Tried(tuple(lengths), value) for lengths, value in header["tried"]]
     return dataclasses.replace(task, rest=rest), stage, tried
 
