@@ -23,7 +23,11 @@ from ._gauss_newton import GaussNewton
 from ._geometry import as_key
 from ._kernels import fixed_numbers
 from ._krylov import FixedPointGMRES
-from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
+from ._objectives import (
+    AbstractLeastSquaresObjective,
+    AbstractObjective,
+    as_data_objective,
+)
 from ._outer import cold_start, evaluate, optax_update, partition, Start, Task
 from ._progress import Callback, Record
 from ._quasi_newton import BoundedBFGS
@@ -191,7 +195,7 @@ def learn(
             "`objective` must be an `eqx_bilevel.AbstractObjective`, got a "
             f"{type(objective).__name__}."
         )
-    if objective.batched and key is None:
+    if as_data_objective(objective).batched and key is None:
         raise ValueError("`key` is needed, since the objective uses random batches.")
     key = jax.random.key(0) if key is None else as_key(key)
     # Numbers that were given in Python have weak types, and results of steps have not:
@@ -200,7 +204,7 @@ def learn(
     is_weak = lambda x: eqx.is_inexact_array(x) and jax.typeof(x).weak_type
     strong = lambda x: x.astype(dtype) if is_weak(x) else x
     prior, conditions = jax.tree.map(strong, (prior, conditions))
-    objective.check(conditions)
+    as_data_objective(objective).check(conditions)
     objective = functions_as_pytrees(objective)
     task = Task(None, objective, solver, adjoint, jnp.asarray(max_inner_steps))
     learned_at_all, _ = partition(prior, conditions, task)
@@ -434,7 +438,7 @@ def _finish(theta, task, start, record: Record, converged: bool, tried) -> Learn
 
 
 def _pool(learned: Learned, objective: AbstractObjective, solver) -> Learned:
-    conditions = objective.pooled(learned.conditions)
+    conditions = as_data_objective(objective).pooled(learned.conditions)
     start = learned.solution
     solution = solve(learned.prior, conditions, solver, initial=start, throw=False)
     return dataclasses.replace(learned, conditions=conditions, solution=solution)

@@ -17,7 +17,11 @@ from ._condition import Condition, learned_in
 from ._gauss_newton import GaussNewton
 from ._hypergradient import differentiable
 from ._linearised import prior_z
-from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
+from ._objectives import (
+    AbstractLeastSquaresObjective,
+    AbstractObjective,
+    as_data_objective,
+)
 from ._parameters import unwrap
 from ._problem import trace_conditions
 from ._results import RESULTS
@@ -80,7 +84,7 @@ def _differentiable(
 ) -> Solution:
     prior, conditions = eqx.combine(theta, task.rest)
     problem, _ = sanitised(*unwrap((prior, conditions)))
-    readings = objective.readings(conditions)
+    readings = as_data_objective(objective).readings(conditions)
     return differentiable(prior, conditions, problem, found, task.adjoint, readings)
 
 
@@ -144,7 +148,7 @@ def optax_step(
     found: Solution,
     key: PRNGKeyArray,
 ) -> OptaxStep:
-    batch = task.objective.batch(key)
+    batch = as_data_objective(task.objective).batch(key)
     loss = lambda theta: batch(_differentiable(theta, task, batch, found))
     value, gradient = eqx.filter_value_and_grad(loss)(theta)
     updates, opt_state = optax_update(optimiser, opt_state, theta, value, gradient)

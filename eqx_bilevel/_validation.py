@@ -10,13 +10,17 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
 from ._condition import as_points, as_target, Condition, is_concrete
 from ._geometry import as_key
-from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
+from ._objectives import (
+    AbstractDataObjective,
+    AbstractLeastSquaresObjective,
+    AbstractObjective,
+)
 from ._parameters import unwrap
 from ._problem import find_condition, target_array
 from ._solution import Solution
 
 
-class ValidationResidual(AbstractLeastSquaresObjective):
+class ValidationResidual(AbstractLeastSquaresObjective, AbstractDataObjective):
     """How well a condition holds at points where it was not imposed; and how well all
     conditions hold where they were.
 

@@ -511,3 +511,37 @@ def test_progress(capsys):
     lines = capsys.readouterr().out.splitlines()
     expected = ["Compiling", *["scale"] * 6, "Compiling", *["step"] * 2]
     assert [line.split()[0] for line in lines] == expected
+
+
+class Late(eb.AbstractObjective):
+    # All that one of a user has to have.
+    weight: jax.Array
+
+    def __call__(self, solution):
+        return self.weight * jnp.mean(solution.apply(Cubic(), validation) ** 2)
+
+
+class LateSquares(eb.AbstractLeastSquaresObjective):
+    def residuals(self, solution):
+        return solution.apply(Cubic(), validation) - jax.vmap(_source)(validation)
+
+
+@pytest.mark.parametrize(
+    "objective, optimiser",
+    [
+        (Late(jnp.array(2.0)), optax.sgd(1e-9)),
+        (LateSquares(), optx.LevenbergMarquardt(1e-3, 1e-3)),
+        (3.0 * Late(jnp.array(2.0)) + eb.ValidationResidual(validation), optax.sgd(0)),
+        (LateSquares() + eb.ValidationResidual(validation, batch_size=4), None),
+    ],
+)
+def test_objective_of_ones_own(objective, optimiser):
+    key = jax.random.key(0)
+    args = _prior(), _conditions(), objective, optimiser
+    learned = eb.learn(*args, steps=2, key=key, scale_search=False, pool=True)
+    with_same = eb.solve(learned.prior, _conditions())
+    np.testing.assert_allclose(learned.objective, objective(with_same), rtol=1e-3)
+    # The points of those that have some join the conditions.
+    has_points = hasattr(objective, "pooled")
+    num = len(interior) + has_points * len(validation)
+    assert len(learned.conditions[0].points) == num
