@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
+from eqx_bilevel import _runs
 from eqx_bilevel._solve import functions_as_pytrees
 
 
@@ -466,6 +467,20 @@ def test_starts_from_where_the_gradient_points_the_wrong_way():
     # step to step.
     jitter = learned.history["jitter"][learned.history["accepted"]]
     assert np.sum(np.diff(np.log(jitter)) != 0) <= 4
+
+
+def test_the_start_is_evaluated_once(monkeypatch):
+    evaluate, seen = _runs.evaluate, []
+
+    def counted(theta, task, start):
+        seen.append(float(jnp.exp(theta[0].kernel.lengthscale.raw)))
+        return evaluate(theta, task, start)
+
+    monkeypatch.setattr(_runs, "evaluate", counted)
+    args = _prior(4.0), _conditions(nugget=None), eb.ValidationResidual(validation)
+    eb.learn(*args, scale_search=False, steps=1)
+    # It goes on from there, so that nothing but the comparison can need it again.
+    assert len(seen) > 4 and np.sum(np.isclose(seen, 4.0)) == 1
 
 
 def test_pooled_points():
