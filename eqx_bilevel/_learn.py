@@ -28,7 +28,15 @@ from ._objectives import (
     AbstractObjective,
     as_data_objective,
 )
-from ._outer import cold_start, evaluate, optax_update, partition, Start, Task
+from ._outer import (
+    cold_start,
+    evaluate,
+    optax_update,
+    Outcome,
+    partition,
+    Start,
+    Task,
+)
 from ._progress import Callback, Record
 from ._quasi_newton import BoundedBFGS
 from ._results import RESULTS
@@ -56,7 +64,8 @@ class Learned(eqx.Module):
     - `prior`, `conditions`: As given to [`eqx_bilevel.learn`][], with the best
         hyperparameters that were found: those with the smallest objective.
     - `solution`: The [`eqx_bilevel.Solution`][] for them.
-    - `objective`: Its objective.
+    - `objective`: Its objective. It is about the smallest in `history`, or there is a
+        warning.
     - `converged`: Whether the optimiser stopped by itself, before `steps` was reached.
     - `history`: A dictionary of NumPy arrays with one entry for each step, that can be
         given to `pandas.DataFrame`: `seconds` since the start, `objective`, `best` (so
@@ -417,14 +426,21 @@ _MANY_INNER_STEPS = 100
 
 
 def _finish(theta, task, start, record: Record, converged: bool, tried) -> Learned:
-    if record.outcome is not None:
-        best = record.outcome
+    best = record.outcome
+    if best is not None:
         theta, start = best.theta, warm(best, best.jitter)
     few = with_inner_steps(task, FEW_INNER_STEPS)
+    many = with_inner_steps(task, _MANY_INNER_STEPS)
     solution, outcome = evaluate(theta, few, start)
     if solution.result != RESULTS.successful:
-        many = with_inner_steps(task, _MANY_INNER_STEPS)
         solution, outcome = evaluate(theta, many, start)
+    if best is not None and _is_worse(record, outcome):
+        # There may be several solutions, and going on from where the best solve ended
+        # led to another one. From where that solve began it takes the same way.
+        again = evaluate(theta, many, best.start)
+        solution, outcome = min((solution, outcome), again, key=_rank)
+        if solution.result == RESULTS.successful and _is_worse(record, outcome):
+            _warn_of_worse(record, outcome)
     prior, conditions = eqx.combine(theta, task.rest)
     return Learned(
         prior=prior,
@@ -434,6 +450,32 @@ def _finish(theta, task, start, record: Record, converged: bool, tried) -> Learn
         converged=converged,
         history=record.history(),
         scale_search=tried,
+    )
+
+
+# A tenth of a sum of squares, or as much of a logarithm.
+_WORSE = 0.1
+
+
+def _is_worse(record: Record, outcome: Outcome) -> bool:
+    value = float(outcome.objective)
+    return not np.isfinite(value) or record.decreased(value, record.best, _WORSE)
+
+
+def _rank(found: tuple[Solution, Outcome]) -> tuple[bool, float]:
+    solution, outcome = found
+    value = float(outcome.objective)
+    failed = bool(solution.result != RESULTS.successful)
+    return failed, value if np.isfinite(value) else np.inf
+
+
+def _warn_of_worse(record: Record, outcome: Outcome) -> None:
+    warnings.warn(
+        f"The smallest objective while learning was {record.best:.3g}, but that of the "
+        f"solution which is returned is {float(outcome.objective):.3g}: with these "
+        "hyperparameters the inner solve ends elsewhere if it takes more steps. Allow "
+        "more of them from the start (`max_inner_steps`), or use more points.",
+        stacklevel=5,
     )
 
 

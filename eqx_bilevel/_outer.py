@@ -49,6 +49,7 @@ class Outcome(eqx.Module):
     # Of one inner solve, for the record and for the next one.
     theta: PyTree
     objective: Float[Array, ""]  # the whole of it, not of a batch
+    start: Start  # from which it comes out again
     next_z: Float[Array, " N"]
     result: RESULTS
     inner_steps: Int[Array, ""]
@@ -88,10 +89,13 @@ def _differentiable(
     return differentiable(prior, conditions, problem, found, task.adjoint, readings)
 
 
-def _outcome(theta: PyTree, solution: Solution, objective: Array) -> Outcome:
+def _outcome(
+    theta: PyTree, solution: Solution, objective: Array, start: Start
+) -> Outcome:
     return Outcome(
         theta=theta,
         objective=objective,
+        start=start,
         next_z=solution._next_z,
         result=solution.result,
         inner_steps=jnp.asarray(solution.stats["num_steps"]),
@@ -102,7 +106,7 @@ def _outcome(theta: PyTree, solution: Solution, objective: Array) -> Outcome:
 @eqx.filter_jit
 def evaluate(theta: PyTree, task: Task, start: Start) -> tuple[Solution, Outcome]:
     solution = solve_at(theta, task, start)
-    return solution, _outcome(theta, solution, task.objective(solution))
+    return solution, _outcome(theta, solution, task.objective(solution), start)
 
 
 def cold_start(prior: Any, conditions: list[Condition]) -> Start:

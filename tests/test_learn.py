@@ -1,5 +1,7 @@
 """The outer problem, on a small one-dimensional one."""
 
+import warnings
+
 import equinox as eqx
 import eqx_bilevel as eb
 import jax
@@ -8,7 +10,7 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
-from eqx_bilevel import _runs
+from eqx_bilevel import _learn as _learn_file, _runs
 from eqx_bilevel._solve import functions_as_pytrees
 
 
@@ -481,6 +483,37 @@ def test_the_start_is_evaluated_once(monkeypatch):
     eb.learn(*args, scale_search=False, steps=1)
     # It goes on from there, so that nothing but the comparison can need it again.
     assert len(seen) > 4 and np.sum(np.isclose(seen, 4.0)) == 1
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_last_solve_ends_where_the_best_did(monkeypatch, times):
+    # The square of u is known, and so there are two solutions.
+    conditions = [
+        eb.Condition(lambda u, x: u.value**2, interior, lambda x: 2 + x[0], noise=0.01)
+    ]
+    objective = eb.Objective(lambda s: jnp.log(jnp.mean((s(validation) - 1.7) ** 2)))
+    evaluate, left = _learn_file.evaluate, [None] * times
+
+    def astray(theta, task, start):
+        if left:
+            left.pop()
+            z = jnp.where(start.cold, -1.7, -start.z)
+            start = eqx.tree_at(lambda s: s.z, start, z)
+            start = eqx.tree_at(lambda s: s.cold, start, jnp.array(False))
+        return evaluate(theta, task, start)
+
+    monkeypatch.setattr(_learn_file, "evaluate", astray)
+    prior = eb.GaussianProcess(4.0 * eb.Gaussian(0.8), mean=eb.Frozen(1.0))
+    args = prior, conditions, objective, optax.adam(0.01)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learned = eb.learn(*args, steps=3, scale_search=False)
+    np.testing.assert_allclose(learned.objective, objective(learned.solution))
+    best = learned.history["best"][-1]
+    found_again = times == 1
+    assert (learned.objective == best) == found_again
+    assert len(caught) == (not found_again)
+    assert all("smallest objective while learning" in str(w.message) for w in caught)
 
 
 def test_pooled_points():
