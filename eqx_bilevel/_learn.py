@@ -23,6 +23,7 @@ from ._gauss_newton import GaussNewton
 from ._geometry import as_key
 from ._kernels import fixed_numbers
 from ._krylov import FixedPointGMRES
+from ._last_solve import last_solve
 from ._objectives import (
     AbstractLeastSquaresObjective,
     AbstractObjective,
@@ -32,7 +33,6 @@ from ._outer import (
     cold_start,
     evaluate,
     optax_update,
-    Outcome,
     partition,
     Start,
     Task,
@@ -48,7 +48,6 @@ from ._runs import (
     minimise,
     Optimiser,
     Stage,
-    warm,
     with_inner_steps,
 )
 from ._scale import has_scale, search_scale, Tried
@@ -382,15 +381,26 @@ def _learn(
 
     def keep(stage: Stage) -> None:
         if file is not None:
-            header = dict(rows=list(record.rows), tried=tried, seconds=record.seconds)
-            header["found"] = record.outcome is not None
+            header: dict[str, Any] = dict(rows=list(record.rows), tried=tried)
+            header |= dict(seconds=record.seconds, found=record.outcome is not None)
             file.offer(header, (task.rest, stage, record.outcome))
 
     # Before the first step, which may take minutes to compile.
     keep(stage)
     first_theta = stage.run.theta
     converged = minimise(optimiser, stage, task, key, record, limits, keep)
-    return _finish(first_theta, task, start, record, converged, tried)
+    theta = first_theta if record.outcome is None else record.outcome.theta
+    solution, outcome = last_solve(theta, task, start, record, limits.rtol)
+    prior, conditions = eqx.combine(theta, task.rest)
+    return Learned(
+        prior=prior,
+        conditions=conditions,
+        solution=solution,
+        objective=outcome.objective,
+        converged=converged,
+        history=record.history(),
+        scale_search=tried,
+    )
 
 
 def _search(prior, conditions, task: Task, start: Start, num: int, record: Record):
@@ -419,64 +429,6 @@ def _resume(
     record.restore(header["rows"], header["seconds"], outcome)
     tried = [Tried(tuple(lengths), value) for lengths, value in header["tried"]]
     return dataclasses.replace(task, rest=rest), stage, tried
-
-
-# For the last solve, if few are not enough.
-_MANY_INNER_STEPS = 100
-
-
-def _finish(theta, task, start, record: Record, converged: bool, tried) -> Learned:
-    best = record.outcome
-    if best is not None:
-        theta, start = best.theta, warm(best, best.jitter)
-    few = with_inner_steps(task, FEW_INNER_STEPS)
-    many = with_inner_steps(task, _MANY_INNER_STEPS)
-    solution, outcome = evaluate(theta, few, start)
-    if solution.result != RESULTS.successful:
-        solution, outcome = evaluate(theta, many, start)
-    if best is not None and _is_worse(record, outcome):
-        # There may be several solutions, and going on from where the best solve ended
-        # led to another one. From where that solve began it takes the same way.
-        again = evaluate(theta, many, best.start)
-        solution, outcome = min((solution, outcome), again, key=_rank)
-        if solution.result == RESULTS.successful and _is_worse(record, outcome):
-            _warn_of_worse(record, outcome)
-    prior, conditions = eqx.combine(theta, task.rest)
-    return Learned(
-        prior=prior,
-        conditions=conditions,
-        solution=solution,
-        objective=outcome.objective,
-        converged=converged,
-        history=record.history(),
-        scale_search=tried,
-    )
-
-
-# A tenth of a sum of squares, or as much of a logarithm.
-_WORSE = 0.1
-
-
-def _is_worse(record: Record, outcome: Outcome) -> bool:
-    value = float(outcome.objective)
-    return not np.isfinite(value) or record.decreased(value, record.best, _WORSE)
-
-
-def _rank(found: tuple[Solution, Outcome]) -> tuple[bool, float]:
-    solution, outcome = found
-    value = float(outcome.objective)
-    failed = bool(solution.result != RESULTS.successful)
-    return failed, value if np.isfinite(value) else np.inf
-
-
-def _warn_of_worse(record: Record, outcome: Outcome) -> None:
-    warnings.warn(
-        f"The smallest objective while learning was {record.best:.3g}, but that of the "
-        f"solution which is returned is {float(outcome.objective):.3g}: with these "
-        "hyperparameters the inner solve ends elsewhere if it takes more steps. Allow "
-        "more of them from the start (`max_inner_steps`), or use more points.",
-        stacklevel=5,
-    )
 
 
 def _pool(learned: Learned, objective: AbstractObjective, solver) -> Learned:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
-from eqx_bilevel import _learn as _learn_file, _runs
+from eqx_bilevel import _last_solve, _runs
 from eqx_bilevel._solve import functions_as_pytrees
 
 
@@ -492,7 +492,7 @@ def test_last_solve_ends_where_the_best_did(monkeypatch, times):
         eb.Condition(lambda u, x: u.value**2, interior, lambda x: 2 + x[0], noise=0.01)
     ]
     objective = eb.Objective(lambda s: jnp.log(jnp.mean((s(validation) - 1.7) ** 2)))
-    evaluate, left = _learn_file.evaluate, [None] * times
+    evaluate, left = _last_solve.evaluate, [None] * times
 
     def astray(theta, task, start):
         if left:
@@ -502,7 +502,7 @@ def test_last_solve_ends_where_the_best_did(monkeypatch, times):
             start = eqx.tree_at(lambda s: s.cold, start, jnp.array(False))
         return evaluate(theta, task, start)
 
-    monkeypatch.setattr(_learn_file, "evaluate", astray)
+    monkeypatch.setattr(_last_solve, "evaluate", astray)
     prior = eb.GaussianProcess(4.0 * eb.Gaussian(0.8), mean=eb.Frozen(1.0))
     args = prior, conditions, objective, optax.adam(0.01)
     with warnings.catch_warnings(record=True) as caught:
