@@ -49,6 +49,7 @@ from ._kernels import (
 )
 from ._learn import learn as learn, Learned as Learned, LearningError as LearningError
 from ._objectives import (
+    AbstractDataObjective as AbstractDataObjective,
     AbstractLeastSquaresObjective as AbstractLeastSquaresObjective,
     AbstractObjective as AbstractObjective,
     Objective as Objective,

@@ -59,16 +59,15 @@ class Checkpoint:
     def exists(self) -> bool:
         return self.path.exists()
 
-    def read(self, like: PyTree) -> tuple[dict[str, Any], PyTree]:
+    def header(self) -> dict[str, Any]:
         with open(self.path, "rb") as file:
-            header = self._header(file)
-            tree = eqx.tree_deserialise_leaves(file, like)
-        return header, jax.tree.map(_as_weak_as, like, tree)
+            return self._header(file)
 
-    def check(self) -> None:
-        if self.exists():
-            with open(self.path, "rb") as file:
-                self._header(file)
+    def read(self, like: PyTree) -> PyTree:
+        with open(self.path, "rb") as file:
+            self._header(file)
+            tree = eqx.tree_deserialise_leaves(file, like)
+        return jax.tree.map(_as_weak_as, like, tree)
 
     def _header(self, file) -> dict[str, Any]:
         try:

@@ -68,7 +68,7 @@ class NegativeLogEvidence(AbstractWholeObjective):
 
     def check(self, conditions: Sequence[Condition]) -> None:
         for name in self.conditions or ():
-            find_condition(conditions, name)
+            find_condition(conditions, name, "`NegativeLogEvidence`")
 
 
 NegativeLogEvidence.__init__.__doc__ = """**Arguments:**
@@ -83,9 +83,11 @@ A `ValueError` when it is used, if there is no such condition.
 
 
 def _check_folds(
-    num: int | None, conditions: Sequence[Condition], condition: str | None
+    objective: "CrossValidation | NegativeLogPredictive",
+    conditions: Sequence[Condition],
 ) -> None:
-    found, name = find_condition(conditions, condition)
+    num, whose = objective.num_folds, f"`{type(objective).__name__}`"
+    found, name = find_condition(conditions, objective.condition, whose)
     n = found.num_targets
     if num is not None and not (isinstance(num, int) and 2 <= num <= n):
         raise ValueError(
@@ -113,7 +115,7 @@ class CrossValidation(AbstractLeastSquaresObjective, AbstractWholeObjective):
         return jnp.concatenate([values.reshape(-1) for values, _ in parts])
 
     def check(self, conditions: Sequence[Condition]) -> None:
-        _check_folds(self.num_folds, conditions, self.condition)
+        _check_folds(self, conditions)
 
 
 class NegativeLogPredictive(AbstractWholeObjective):
@@ -137,7 +139,7 @@ class NegativeLogPredictive(AbstractWholeObjective):
         return total
 
     def check(self, conditions: Sequence[Condition]) -> None:
-        _check_folds(self.num_folds, conditions, self.condition)
+        _check_folds(self, conditions)
 
 
 _arguments = """**Arguments:**

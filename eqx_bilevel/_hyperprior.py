@@ -11,11 +11,11 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from ._condition import Condition, GaussianProcess, learned_in
-from ._objectives import AbstractLeastSquaresObjective, AbstractWholeObjective
+from ._objectives import AbstractLeastSquaresObjective
 from ._solution import Solution
 
 
-class NegativeLogHyperprior(AbstractLeastSquaresObjective, AbstractWholeObjective):
+class NegativeLogHyperprior(AbstractLeastSquaresObjective):
     """The negative logarithm of a prior density of all hyperparameters, up to a
     constant: they are independently normal around those of the given prior and
     conditions, on the scale on which they are learned, which for an
@@ -56,9 +56,6 @@ class NegativeLogHyperprior(AbstractLeastSquaresObjective, AbstractWholeObjectiv
                 "are given to `learn`."
             )
         return (found - self.centre) / self.std
-
-    def check(self, conditions):
-        del conditions
 
 
 NegativeLogHyperprior.__init__.__doc__ = """**Arguments:**

@@ -23,8 +23,20 @@ from ._gauss_newton import GaussNewton
 from ._geometry import as_key
 from ._kernels import fixed_numbers
 from ._krylov import FixedPointGMRES
-from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
-from ._outer import cold_start, evaluate, optax_update, partition, Start, Task
+from ._last_solve import last_solve
+from ._objectives import (
+    AbstractLeastSquaresObjective,
+    AbstractObjective,
+    as_data_objective,
+)
+from ._outer import (
+    cold_start,
+    evaluate,
+    optax_update,
+    partition,
+    Start,
+    Task,
+)
 from ._progress import Callback, Record
 from ._quasi_newton import BoundedBFGS
 from ._results import RESULTS
@@ -36,7 +48,6 @@ from ._runs import (
     minimise,
     Optimiser,
     Stage,
-    warm,
     with_inner_steps,
 )
 from ._scale import has_scale, search_scale, Tried
@@ -59,7 +70,8 @@ class Learned(eqx.Module):
     - `prior`, `conditions`: As given to [`eqx_bilevel.learn`][], with the best
         hyperparameters that were found: those with the smallest objective.
     - `solution`: The [`eqx_bilevel.Solution`][] for them.
-    - `objective`: Its objective.
+    - `objective`: Its objective. It is about the smallest in `history`, or there is a
+        warning.
     - `converged`: Whether the optimiser stopped by itself, before `steps` was reached.
     - `history`: A dictionary of NumPy arrays with one entry for each step, that can be
         given to `pandas.DataFrame`: `seconds` since the start, `objective`, `best` (so
@@ -167,11 +179,12 @@ def learn(
     - `callback`: A function, or several, called after each step with an
         [`eqx_bilevel.Progress`][]. If one returns true then learning stops there, with
         what is best up to then.
-    - `checkpoint`: The path of a file that is written after each step, or less often if
-        writing takes long, and at the end, be that an error or Ctrl-C. If it exists
-        then learning goes on from there, with the same numbers to the last bit as if it
-        had never stopped, and possibly more `steps`; `prior` and all else must be as
-        they were, with what is written in functions.
+    - `checkpoint`: The path of a file that is written before the first step (after the
+        scale search), then after each step, as long as writing takes no more than a
+        twentieth of the time, and when learning ends, also by Ctrl-C or an error. If it
+        exists then learning goes on from there, with the same numbers to the last bit
+        as if it had never stopped, and possibly more `steps`; `prior` and all else must
+        be as they were, with what is written in functions.
     - `throw`: Whether to raise an error if nothing could be learned.
 
     **Returns:**
@@ -201,7 +214,7 @@ def learn(
             "`objective` must be an `eqx_bilevel.AbstractObjective`, got a "
             f"{type(objective).__name__}."
         )
-    if objective.batched and key is None:
+    if as_data_objective(objective).batched and key is None:
         raise ValueError("`key` is needed, since the objective uses random batches.")
     key = jax.random.key(0) if key is None else as_key(key)
     # Numbers that were given in Python have weak types, and results of steps have not:
@@ -210,7 +223,7 @@ def learn(
     is_weak = lambda x: eqx.is_inexact_array(x) and jax.typeof(x).weak_type
     strong = lambda x: x.astype(dtype) if is_weak(x) else x
     prior, conditions = jax.tree.map(strong, (prior, conditions))
-    objective.check(conditions)
+    as_data_objective(objective).check(conditions)
     objective = functions_as_pytrees(objective)
     everything = conditions
     if subset is not None:
@@ -232,7 +245,8 @@ def learn(
         names = type(optimiser).__name__, gradient
         arguments = prior, conditions, objective, optimiser, key, names
         file = Checkpoint(pathlib.Path(checkpoint), fingerprint(arguments))
-        file.check()
+        if file.exists():
+            file.header()  # Raises if it is of another run.
     record = Record(objective, steps, verbose, callbacks)
     try:
         learned = _learn(
@@ -246,6 +260,10 @@ def learn(
             record,
             file,
         )
+    except KeyboardInterrupt as error:
+        if file is not None:
+            error.add_note(_what_is_saved(file))
+        raise
     finally:
         record.close()
         if file is not None:
@@ -254,13 +272,24 @@ def learn(
         whole = restored(learned.conditions, everything)
         learned = _with_conditions(learned, whole, solver)
     if pool:
-        whole = objective.pooled(learned.conditions)
+        whole = as_data_objective(objective).pooled(learned.conditions)
         learned = _with_conditions(learned, whole, solver)
     failed = learned.solution.result != RESULTS.successful
     if throw and (failed or not np.isfinite(learned.objective)):
         message = RESULTS[learned.solution.result] or "The objective is not finite."
         raise LearningError(f"Nothing useful was learned. {message}", learned)
     return learned
+
+
+def _what_is_saved(file: Checkpoint) -> str:
+    file.flush()
+    if not file.exists():
+        return f"Nothing was saved in `checkpoint` {str(file.path)!r} yet."
+    steps = len(file.header()["rows"])
+    return (
+        f"{steps} step(s) of `eqx_bilevel.learn` are saved in `checkpoint` "
+        f"{str(file.path)!r}. The same call goes on from there."
+    )
 
 
 def _adjoint(gradient: str) -> optx.AbstractAdjoint:
@@ -371,13 +400,27 @@ def _learn(
         stage = first_stage(optimiser, theta, task, start)
 
     def keep(stage: Stage) -> None:
-        if file is not None and record.outcome is not None:
-            header = dict(rows=list(record.rows), tried=tried)
+        if file is not None:
+            header: dict[str, Any] = dict(rows=list(record.rows), tried=tried)
+            header |= dict(seconds=record.seconds, found=record.outcome is not None)
             file.offer(header, (task.rest, stage, record.outcome))
 
+    # Before the first step, which may take minutes to compile.
+    keep(stage)
     first_theta = stage.run.theta
     converged = minimise(optimiser, stage, task, key, record, limits, keep)
-    return _finish(first_theta, task, start, record, converged, tried)
+    theta = first_theta if record.outcome is None else record.outcome.theta
+    solution, outcome = last_solve(theta, task, start, record, limits.rtol)
+    prior, conditions = eqx.combine(theta, task.rest)
+    return Learned(
+        prior=prior,
+        conditions=conditions,
+        solution=solution,
+        objective=outcome.objective,
+        converged=converged,
+        history=record.history(),
+        scale_search=tried,
+    )
 
 
 def _search(prior, conditions, task: Task, start: Start, num: int, record: Record):
@@ -399,36 +442,13 @@ def _resume(
     # What is in the file has the structure that a new run begins with.
     theta, task = partition(prior, conditions, task)
     stage = first_stage(optimiser, theta, task, start)
-    _, outcome = eqx.filter_eval_shape(evaluate, theta, task, start)
-    header, (rest, stage, outcome) = file.read((task.rest, stage, outcome))
-    record.restore(header["rows"], outcome)
+    header, outcome = file.header(), None
+    if header["found"]:
+        _, outcome = eqx.filter_eval_shape(evaluate, theta, task, start)
+    rest, stage, outcome = file.read((task.rest, stage, outcome))
+    record.restore(header["rows"], header["seconds"], outcome)
     tried = [Tried(tuple(lengths), value) for lengths, value in header["tried"]]
     return dataclasses.replace(task, rest=rest), stage, tried
-
-
-# For the last solve, if few are not enough.
-_MANY_INNER_STEPS = 100
-
-
-def _finish(theta, task, start, record: Record, converged: bool, tried) -> Learned:
-    if record.outcome is not None:
-        best = record.outcome
-        theta, start = best.theta, warm(best, best.jitter)
-    few = with_inner_steps(task, FEW_INNER_STEPS)
-    solution, outcome = evaluate(theta, few, start)
-    if solution.result != RESULTS.successful:
-        many = with_inner_steps(task, _MANY_INNER_STEPS)
-        solution, outcome = evaluate(theta, many, start)
-    prior, conditions = eqx.combine(theta, task.rest)
-    return Learned(
-        prior=prior,
-        conditions=conditions,
-        solution=solution,
-        objective=outcome.objective,
-        converged=converged,
-        history=record.history(),
-        scale_search=tried,
-    )
 
 
 def _with_conditions(learned: Learned, conditions, solver) -> Learned:

@@ -17,36 +17,31 @@ from ._solution import Solution
 class AbstractObjective(eqx.Module):
     """An outer objective: a number, the smaller the better, for each solution.
     Objectives can be added, and multiplied with positive numbers.
+
+    For one of your own, subclass this class and define `__call__`, nothing else; or
+    subclass [`eqx_bilevel.AbstractLeastSquaresObjective`][] and define `residuals`, if
+    it is a sum of squares. It is differentiated with respect to the solution; arrays
+    in it are constants. If a function of the solution is enough, use
+    [`eqx_bilevel.Objective`][].
+
+    !!! example
+
+        ```python
+        class Excess(eb.AbstractObjective):
+            points: jax.Array
+            limit: float
+
+            def __call__(self, solution):
+                return jnp.mean(jax.nn.relu(solution(self.points) - self.limit) ** 2)
+        ```
+
+    One that has points of its own, at which conditions hold, or random batches of them,
+    is in addition an [`eqx_bilevel.AbstractDataObjective`][].
     """
 
     @abc.abstractmethod
     def __call__(self, solution: Solution) -> Float[Array, ""]:
-        """The value of the objective."""
-
-    @abc.abstractmethod
-    def readings(self, conditions: Sequence[Condition]) -> list[tuple[Callable, Array]]:
-        """What `Solution.apply` is called with, operators and points, as far as it is
-        known in advance. An empty list will do: this only saves compile time.
-        """
-
-    @abc.abstractmethod
-    def batch(self, key: PRNGKeyArray) -> "AbstractObjective":
-        """A random part of the objective, of the same size each time, whose expectation
-        is the whole; or the objective itself, if it does not use batches.
-        """
-
-    @property
-    @abc.abstractmethod
-    def batched(self) -> bool:
-        """Whether `batch` returns less than the whole."""
-
-    @abc.abstractmethod
-    def check(self, conditions: Sequence[Condition]) -> None:
-        """Raises a `ValueError` if it cannot be about solutions of these conditions."""
-
-    @abc.abstractmethod
-    def pooled(self, conditions: Sequence[Condition]) -> list[Condition]:
-        """The conditions, with the objective's data added to them."""
+        """The value of the objective, for an [`eqx_bilevel.Solution`][]: a scalar."""
 
     def __add__(self, other: "AbstractObjective") -> "AbstractObjective":
         if not isinstance(other, AbstractObjective):
@@ -74,26 +69,74 @@ class AbstractLeastSquaresObjective(AbstractObjective):
         return 0.5 * jnp.sum(self.residuals(solution) ** 2)
 
 
-class AbstractWholeObjective(AbstractObjective):
+class AbstractDataObjective(AbstractObjective):
+    """An objective that is about certain conditions, with points or data of its own.
+
+    All of its methods are to be defined, and `__call__`.
+    """
+
+    @abc.abstractmethod
+    def check(self, conditions: Sequence[Condition]) -> None:
+        """Raises a `ValueError` if it cannot be about solutions of these conditions."""
+
+    @abc.abstractmethod
+    def readings(self, conditions: Sequence[Condition]) -> list[tuple[Callable, Array]]:
+        """What `Solution.apply` is called with, operators and points, as far as it is
+        known in advance. An empty list will do: this only saves compile time.
+        """
+
+    @property
+    @abc.abstractmethod
+    def batched(self) -> bool:
+        """Whether `batch` returns less than the whole."""
+
+    @abc.abstractmethod
+    def batch(self, key: PRNGKeyArray) -> AbstractObjective:
+        """A random part of the objective, of the same size each time, whose expectation
+        is the whole; or the objective itself, if it does not use batches.
+        """
+
+    @abc.abstractmethod
+    def pooled(self, conditions: Sequence[Condition]) -> list[Condition]:
+        """The conditions, with the objective's data added to them."""
+
+
+class AbstractWholeObjective(AbstractDataObjective):
     # An objective without batches and without points of its own.
 
     def readings(self, conditions):
         del conditions
         return []
 
-    def batch(self, key):
-        del key
-        return self
-
     @property
     def batched(self):
         return False
+
+    def batch(self, key):
+        del key
+        return self
 
     def pooled(self, conditions):
         return list(conditions)
 
 
-class Objective(AbstractWholeObjective):
+class _Whole(AbstractWholeObjective):
+    # Any objective, as one about data of which it has none.
+    objective: AbstractObjective
+
+    def __call__(self, solution):
+        return self.objective(solution)
+
+    def check(self, conditions):
+        del conditions
+
+
+def as_data_objective(objective: AbstractObjective) -> AbstractDataObjective:
+    is_one = isinstance(objective, AbstractDataObjective)
+    return objective if is_one else _Whole(objective)
+
+
+class Objective(AbstractObjective):
     """An objective that is given as a function of the solution: a penalty, or the
     negative logarithm of a prior density of hyperparameters.
 
@@ -124,9 +167,6 @@ class Objective(AbstractWholeObjective):
             )
         return value
 
-    def check(self, conditions):
-        del conditions
-
 
 Objective.__init__.__doc__ = """**Arguments:**
 
@@ -151,28 +191,32 @@ def _weighted_sum(objectives, weights: tuple[float, ...]) -> AbstractObjective:
     return kind(objectives, weights)
 
 
-class _AbstractSum(AbstractObjective):
+class _AbstractSum(AbstractDataObjective):
     objectives: eqx.AbstractVar[tuple[AbstractObjective, ...]]
     weights: eqx.AbstractVar[tuple[float, ...]]
 
+    @property
+    def _parts(self):
+        return [as_data_objective(o) for o in self.objectives]
+
     def readings(self, conditions):
-        return [r for o in self.objectives for r in o.readings(conditions)]
+        return [r for o in self._parts for r in o.readings(conditions)]
 
     def batch(self, key):
         keys = jax.random.split(key, len(self.objectives))
-        batches = tuple(o.batch(k) for o, k in zip(self.objectives, keys))
+        batches = tuple(o.batch(k) for o, k in zip(self._parts, keys))
         return _weighted_sum(batches, self.weights)
 
     @property
     def batched(self):
-        return any(o.batched for o in self.objectives)
+        return any(o.batched for o in self._parts)
 
     def check(self, conditions):
-        for objective in self.objectives:
+        for objective in self._parts:
             objective.check(conditions)
 
     def pooled(self, conditions):
-        for objective in self.objectives:
+        for objective in self._parts:
             conditions = objective.pooled(conditions)
         return list(conditions)
 

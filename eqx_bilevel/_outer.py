@@ -17,7 +17,11 @@ from ._condition import Condition, learned_in
 from ._gauss_newton import GaussNewton
 from ._hypergradient import differentiable
 from ._linearised import prior_z
-from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
+from ._objectives import (
+    AbstractLeastSquaresObjective,
+    AbstractObjective,
+    as_data_objective,
+)
 from ._parameters import unwrap
 from ._problem import trace_conditions
 from ._results import RESULTS
@@ -45,6 +49,7 @@ class Outcome(eqx.Module):
     # Of one inner solve, for the record and for the next one.
     theta: PyTree
     objective: Float[Array, ""]  # the whole of it, not of a batch
+    start: Start  # from which it comes out again
     next_z: Float[Array, " N"]
     result: RESULTS
     inner_steps: Int[Array, ""]
@@ -80,14 +85,17 @@ def _differentiable(
 ) -> Solution:
     prior, conditions = eqx.combine(theta, task.rest)
     problem, _ = sanitised(*unwrap((prior, conditions)))
-    readings = objective.readings(conditions)
+    readings = as_data_objective(objective).readings(conditions)
     return differentiable(prior, conditions, problem, found, task.adjoint, readings)
 
 
-def _outcome(theta: PyTree, solution: Solution, objective: Array) -> Outcome:
+def _outcome(
+    theta: PyTree, solution: Solution, objective: Array, start: Start
+) -> Outcome:
     return Outcome(
         theta=theta,
         objective=objective,
+        start=start,
         next_z=solution._next_z,
         result=solution.result,
         inner_steps=jnp.asarray(solution.stats["num_steps"]),
@@ -98,7 +106,7 @@ def _outcome(theta: PyTree, solution: Solution, objective: Array) -> Outcome:
 @eqx.filter_jit
 def evaluate(theta: PyTree, task: Task, start: Start) -> tuple[Solution, Outcome]:
     solution = solve_at(theta, task, start)
-    return solution, _outcome(theta, solution, task.objective(solution))
+    return solution, _outcome(theta, solution, task.objective(solution), start)
 
 
 def cold_start(prior: Any, conditions: list[Condition]) -> Start:
@@ -144,7 +152,7 @@ def optax_step(
     found: Solution,
     key: PRNGKeyArray,
 ) -> OptaxStep:
-    batch = task.objective.batch(key)
+    batch = as_data_objective(task.objective).batch(key)
     loss = lambda theta: batch(_differentiable(theta, task, batch, found))
     value, gradient = eqx.filter_value_and_grad(loss)(theta)
     updates, opt_state = optax_update(optimiser, opt_state, theta, value, gradient)

@@ -217,8 +217,8 @@ class Frozen(AbstractParameter):
     def __init__(self, value: PyTree):
         if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
             value = _as_float_array("Frozen", value)
-        elif type(value) in (list, tuple) and len(value) > 0:
-            numbers = all(type(x) in (int, float) for x in value)
+        elif isinstance(value, list | tuple) and type(value) in (list, tuple):
+            numbers = len(value) > 0 and all(type(x) in (int, float) for x in value)
             value = _as_float_array("Frozen", value) if numbers else value
         self.wrapped = value
 

@@ -138,7 +138,7 @@ def adaptive_points(
     if isinstance(candidates, AbstractDomain):
         candidates = candidates.interior(20 * n, key=key)
     candidates = _enough(candidates, n)
-    found, _ = find_condition(solution.conditions, condition)
+    found, _ = find_condition(solution.conditions, condition, "`adaptive_points`")
     if criterion == "std":
         size = solution.std(candidates, found.operator)
     else:

@@ -132,15 +132,14 @@ def condition_name(condition: Condition, position: int) -> str:
 
 
 def find_condition(
-    conditions: Sequence[Condition], name: str | None
+    conditions: Sequence[Condition], name: str | None, whose: str
 ) -> tuple[Condition, str]:
-    # And its name. `None` is the first one.
+    # And its name. `None` is the first one. `whose` is who asks, for the message.
     names = [condition_name(c, i) for i, c in enumerate(conditions)]
     name = names[0] if name is None else name
     if name not in names:
         raise ValueError(
-            f"The objective is about condition {name!r}, but the conditions are "
-            f"{names}."
+            f"{whose} is about condition {name!r}, but the conditions are {names}."
         )
     return conditions[names.index(name)], name
 

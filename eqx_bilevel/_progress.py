@@ -1,5 +1,6 @@
 """What happens while hyperparameters are learned, and who is told of it."""
 
+import functools as ft
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,7 +34,6 @@ class Progress(eqx.Module):
     - `lengths`: During the scale search, the lengthscale tried for each dimension.
     - `prior`, `conditions`: With the hyperparameters of this step.
     - `solution`: The [`eqx_bilevel.Solution`][] for them.
-    - `history`: Of all steps so far: see [`eqx_bilevel.Learned`][].
     """
 
     step: int
@@ -49,7 +49,13 @@ class Progress(eqx.Module):
     prior: Any  # See `Learned`.
     conditions: list[Any]
     solution: Solution
-    history: dict[str, np.ndarray]
+    # Only made if it is asked for: it grows with each step.
+    _history: Callable[[], dict[str, np.ndarray]] = eqx.field(static=True, repr=False)
+
+    @property
+    def history(self) -> dict[str, np.ndarray]:
+        """Of all steps so far: see [`eqx_bilevel.Learned`][]."""
+        return self._history()
 
     @property
     def hyperparameters(self) -> dict[str, np.ndarray]:
@@ -128,9 +134,10 @@ class Record:
         elif self._bar is not None:
             self._bar.set_description(text.rstrip("."))
 
-    def restore(self, rows: list[dict[str, Any]], outcome: Outcome) -> None:
+    def restore(self, rows: list, seconds: float, outcome: Outcome | None) -> None:
         self.rows, self.outcome = rows, outcome
-        self.best, self._start = rows[-1]["best"], self._start - rows[-1]["seconds"]
+        self.best = rows[-1]["best"] if rows else np.inf
+        self._start -= seconds
         if self._bar is not None:
             self._bar.update(len(rows))
 
@@ -170,7 +177,7 @@ class Record:
             prior=prior,
             conditions=conditions,
             solution=solution,
-            history=self.history(),
+            _history=ft.partial(self.history, len(self.rows)),
             **{name: value for name, value in row.items() if name != "batch"},
         )
         if self.verbose is True:
@@ -190,9 +197,10 @@ class Record:
         left = self.steps - len(self.rows)
         return left * (seconds - since) / done if done else np.nan
 
-    def history(self) -> dict[str, np.ndarray]:
-        names = self.rows[0] if self.rows else ()
-        return {name: np.array([row[name] for row in self.rows]) for name in names}
+    def history(self, num: int | None = None) -> dict[str, np.ndarray]:
+        rows = self.rows[:num]
+        names = rows[0] if rows else ()
+        return {name: np.array([row[name] for row in rows]) for name in names}
 
     #
     # Whether to go on

@@ -169,17 +169,19 @@ def better_start(optimiser, theta: PyTree, task: Task, start: Start) -> PyTree:
     vector, unravel = ravel_pytree(theta)
     few = with_inner_steps(task, FEW_INNER_STEPS)
     state = optimistix_init(optimiser, theta, task, start)
-    args = state, vector, theta, task, *evaluate(theta, task, start)
+    found, outcome = evaluate(theta, task, start)
+    args = state, vector, theta, task, found, outcome
     step = _attempt(optimistix_step, optimiser, *args)
     if step is None:
         return theta
 
-    def value(v):
-        objective = float(evaluate(unravel(v), few, start)[1].objective)
+    def known(outcome):
+        objective = float(outcome.objective)
         return objective if np.isfinite(objective) else np.inf
 
+    value = lambda v: known(evaluate(unravel(v), few, start)[1])
     move = step.state.y_eval - vector
-    here, there, back = value(vector), value(vector + move), value(vector - move)
+    here, there, back = known(outcome), value(vector + move), value(vector - move)
     ahead, move = (there, move) if there <= back else (back, -move)
     for _ in range(_MOST_AHEAD):
         if not ahead < here:

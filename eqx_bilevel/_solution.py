@@ -244,7 +244,7 @@ class Solution(eqx.Module):
         self, condition: str | None, num_folds: int | None
     ) -> list[tuple[Array, Array]]:
         # Its folds, from all else; `None` is the first condition, and single points.
-        found, name = find_condition(self.conditions, condition)
+        found, name = find_condition(self.conditions, condition, "What is left out")
         shape = rows_of(self._problem, name).shape
         folds = folds_of(shape, found.num_targets if num_folds is None else num_folds)
         return left_out(self._predicted([name]), folds)

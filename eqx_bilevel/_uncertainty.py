@@ -14,7 +14,11 @@ from ._adjoint import FixedPointAdjoint
 from ._closure import function_as_pytree
 from ._gauss_newton import GaussNewton
 from ._learn import Learned
-from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
+from ._objectives import (
+    AbstractLeastSquaresObjective,
+    AbstractObjective,
+    as_data_objective,
+)
 from ._outer import partition, solve_at, Start, Task
 from ._parameters import unwrap
 from ._solution import Solution
@@ -127,7 +131,7 @@ def laplace(
             "`objective` must be the negative logarithm of a probability density, such "
             f"as `NegativeLogEvidence`, and not a {type(objective).__name__}."
         )
-    objective.check(learned.conditions)
+    as_data_objective(objective).check(learned.conditions)
     task = Task(
         None,
         functions_as_pytrees(objective),

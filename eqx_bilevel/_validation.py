@@ -10,13 +10,17 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from ._condition import as_points, as_target, Condition, is_concrete, take_target
 from ._geometry import as_key
-from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
+from ._objectives import (
+    AbstractDataObjective,
+    AbstractLeastSquaresObjective,
+    AbstractObjective,
+)
 from ._parameters import unwrap
 from ._problem import find_condition, target_array
 from ._solution import Solution
 
 
-class ValidationResidual(AbstractLeastSquaresObjective):
+class ValidationResidual(AbstractLeastSquaresObjective, AbstractDataObjective):
     """How well a condition holds at points where it was not imposed; and how well all
     conditions hold where they were.
 
@@ -128,7 +132,7 @@ class ValidationResidual(AbstractLeastSquaresObjective):
         return [more if c is condition else c for c in conditions]
 
     def _find(self, conditions: Sequence[Condition]) -> Condition:
-        condition, name = find_condition(conditions, self.condition)
+        condition, name = find_condition(conditions, self.condition, "The objective")
         if condition.quadrature is not None:
             raise ValueError(
                 f"Condition {name!r} is about averages, which are not known at points. "

@@ -89,20 +89,61 @@ def test_goes_on_bit_for_bit(tmp_path, optimiser, options):
     whole = _learn(optimiser, **options)
     steps = len(whole.history["objective"])
     assert steps > 3
-    for num in sorted({1, 2, steps // 2, steps}):
-        path = tmp_path / f"{num}.eqx"
+    for done in sorted({0, 1, steps // 2, steps - 1}):
+        path = tmp_path / f"{done}.eqx"
+        kwargs = dict(checkpoint=path, **options)
         with pytest.raises(Killed):
-            _learn(
-                optimiser, checkpoint=path, callback=_killed_after(num + 1), **options
-            ) if num < steps else _learn(
-                optimiser, checkpoint=path, callback=_killed_after(steps), **options
-            )
-        assert path.exists() or num == 1
+            _learn(optimiser, callback=_killed_after(done + 1), **kwargs)
+        assert len(_saved(path)["rows"]) == done
         seen = []
         callback = lambda progress: seen.append(progress.step)
-        _same(whole, _learn(optimiser, checkpoint=path, callback=callback, **options))
+        _same(whole, _learn(optimiser, callback=callback, **kwargs))
         # Nothing that was in the file is done again.
-        assert 0 not in seen[1:] and (not path.exists() or len(seen) <= steps)
+        assert seen == list(range(done + 1, steps + 1))
+
+
+def _saved(path):
+    with open(path, "rb") as file:
+        return json.loads(file.readline())
+
+
+def test_saved_before_the_first_step(tmp_path):
+    path, saved = tmp_path / "run.eqx", []
+
+    def callback(progress):
+        if progress.step == 0:
+            assert not path.exists()
+        else:
+            saved.append(_saved(path))
+            return True
+
+    learned = _learn(optax.adam(0.1), checkpoint=path, callback=callback)
+    (first,) = saved
+    assert first["rows"] == [] and first["seconds"] > 0
+    tried = [(tuple(lengths), objective) for lengths, objective in first["tried"]]
+    assert tried == learned.scale_search and len(tried) > 2
+
+
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_interrupted(tmp_path, step):
+    def interrupt(progress):
+        if progress.step == step:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "run.eqx"
+    whole = _learn(optax.adam(0.1), steps=4)
+    with pytest.raises(KeyboardInterrupt) as error:
+        _learn(optax.adam(0.1), steps=4, checkpoint=path, callback=interrupt)
+    (note,) = error.value.__notes__
+    if step == 0:
+        assert f"Nothing was saved in `checkpoint` {str(path)!r}" in note
+    else:
+        assert f"{step - 1} step(s) " in note and repr(str(path)) in note
+        assert len(_saved(path)["rows"]) == step - 1
+    _same(whole, _learn(optax.adam(0.1), steps=4, checkpoint=path))
+    with pytest.raises(KeyboardInterrupt) as error:
+        _learn(optax.adam(0.1), callback=interrupt)
+    assert not hasattr(error.value, "__notes__")
 
 
 def test_resuming_compiles_nothing_anew(tmp_path):
@@ -162,8 +203,7 @@ def test_killed_process(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    with open(path, "rb") as file:
-        done = len(json.loads(file.readline())["rows"])
+    done = len(_saved(path)["rows"])
     assert done < 2000
     stop = lambda progress: progress.step >= done + 3
     options = dict(steps=2000, patience=2000)
@@ -215,6 +255,7 @@ def test_callbacks():
         (lengthscale,) = [v for k, v in named.items() if k.endswith("lengthscale")]
         leaves = [p.value for p in jax.tree.leaves(kernel, is_leaf=_is_parameter)]
         assert lengthscale in leaves
+    assert [len(progress.history["objective"]) for progress in steps] == [1, 2, 3]
     history = steps[-1].history
     for name, values in learned.history.items():
         np.testing.assert_array_equal(history[name], values)

@@ -314,7 +314,10 @@ def test_hold_out():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (lambda data: eb.CrossValidation("dat"), "about condition 'dat'"),
+        (
+            lambda data: eb.CrossValidation("dat"),
+            "`CrossValidation` is about condition 'dat'",
+        ),
         (lambda data: eb.CrossValidation("data", 1), "between 2 and"),
         (lambda data: eb.NegativeLogPredictive("data", 12), "which is 11, got 12"),
         (lambda data: eb.Objective(lambda s: s.weights), "one number"),

@@ -1,5 +1,7 @@
 """The outer problem, on a small one-dimensional one."""
 
+import warnings
+
 import equinox as eqx
 import eqx_bilevel as eb
 import jax
@@ -8,6 +10,7 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
+from eqx_bilevel import _last_solve, _runs
 from eqx_bilevel._solve import functions_as_pytrees
 
 
@@ -468,6 +471,51 @@ def test_starts_from_where_the_gradient_points_the_wrong_way():
     assert np.sum(np.diff(np.log(jitter)) != 0) <= 4
 
 
+def test_the_start_is_evaluated_once(monkeypatch):
+    evaluate, seen = _runs.evaluate, []
+
+    def counted(theta, task, start):
+        seen.append(float(jnp.exp(theta[0].kernel.lengthscale.raw)))
+        return evaluate(theta, task, start)
+
+    monkeypatch.setattr(_runs, "evaluate", counted)
+    args = _prior(4.0), _conditions(nugget=None), eb.ValidationResidual(validation)
+    eb.learn(*args, scale_search=False, steps=1)
+    # It goes on from there, so that nothing but the comparison can need it again.
+    assert len(seen) > 4 and np.sum(np.isclose(seen, 4.0)) == 1
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_last_solve_ends_where_the_best_did(monkeypatch, times):
+    # The square of u is known, and so there are two solutions.
+    conditions = [
+        eb.Condition(lambda u, x: u.value**2, interior, lambda x: 2 + x[0], noise=0.01)
+    ]
+    objective = eb.Objective(lambda s: jnp.log(jnp.mean((s(validation) - 1.7) ** 2)))
+    evaluate, left = _last_solve.evaluate, [None] * times
+
+    def astray(theta, task, start):
+        if left:
+            left.pop()
+            z = jnp.where(start.cold, -1.7, -start.z)
+            start = eqx.tree_at(lambda s: s.z, start, z)
+            start = eqx.tree_at(lambda s: s.cold, start, jnp.array(False))
+        return evaluate(theta, task, start)
+
+    monkeypatch.setattr(_last_solve, "evaluate", astray)
+    prior = eb.GaussianProcess(4.0 * eb.Gaussian(0.8), mean=eb.Frozen(1.0))
+    args = prior, conditions, objective, optax.adam(0.01)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learned = eb.learn(*args, steps=3, scale_search=False)
+    np.testing.assert_allclose(learned.objective, objective(learned.solution))
+    best = learned.history["best"][-1]
+    found_again = times == 1
+    assert (learned.objective == best) == found_again
+    assert len(caught) == (not found_again)
+    assert all("smallest objective while learning" in str(w.message) for w in caught)
+
+
 def test_pooled_points():
     for objective, target in (
         (eb.ValidationResidual(validation), _source),
@@ -511,3 +559,37 @@ def test_progress(capsys):
     lines = capsys.readouterr().out.splitlines()
     expected = ["Compiling", *["scale"] * 6, "Compiling", *["step"] * 2]
     assert [line.split()[0] for line in lines] == expected
+
+
+class Late(eb.AbstractObjective):
+    # All that one of a user has to have.
+    weight: jax.Array
+
+    def __call__(self, solution):
+        return self.weight * jnp.mean(solution.apply(Cubic(), validation) ** 2)
+
+
+class LateSquares(eb.AbstractLeastSquaresObjective):
+    def residuals(self, solution):
+        return solution.apply(Cubic(), validation) - jax.vmap(_source)(validation)
+
+
+@pytest.mark.parametrize(
+    "objective, optimiser",
+    [
+        (Late(jnp.array(2.0)), optax.sgd(1e-9)),
+        (LateSquares(), optx.LevenbergMarquardt(1e-3, 1e-3)),
+        (3.0 * Late(jnp.array(2.0)) + eb.ValidationResidual(validation), optax.sgd(0)),
+        (LateSquares() + eb.ValidationResidual(validation, batch_size=4), None),
+    ],
+)
+def test_objective_of_ones_own(objective, optimiser):
+    key = jax.random.key(0)
+    args = _prior(), _conditions(), objective, optimiser
+    learned = eb.learn(*args, steps=2, key=key, scale_search=False, pool=True)
+    with_same = eb.solve(learned.prior, _conditions())
+    np.testing.assert_allclose(learned.objective, objective(with_same), rtol=1e-3)
+    # The points of those that have some join the conditions.
+    has_points = hasattr(objective, "pooled")
+    num = len(interior) + has_points * len(validation)
+    assert len(learned.conditions[0].points) == num

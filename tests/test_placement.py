@@ -144,7 +144,7 @@ def test_wrong_adaptive_points(getkey):
     choose = lambda *args, **kwargs: eb.adaptive_points(solution, *args, **kwargs)
     with pytest.raises(ValueError, match="'residual' or 'std', got 'error'"):
         choose(_fine, 3, criterion="error")
-    with pytest.raises(ValueError, match="the conditions are"):
+    with pytest.raises(ValueError, match="`adaptive_points` is about condition"):
         choose(_fine, 3, "data")
     with pytest.raises(ValueError, match="which is 400, got 401"):
         choose(_fine, 401)

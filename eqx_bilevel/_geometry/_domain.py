@@ -31,7 +31,12 @@ class AbstractDomain(eqx.Module):
     (in the first but not in the second).
 
     Nothing else in the library depends on the kind of domain: a condition is given
-    points, not a domain. For a geometry of your own, subclass this class.
+    points, not a domain.
+
+    For a geometry of your own, subclass this class and define the properties `bounds`
+    and `boundary_measure` and the methods `signed_distance`, `interior` and `boundary`;
+    the rest follows from these. If points are all that is needed,
+    [`eqx_bilevel.PointCloud`][] makes a domain of them, or of a mesh.
     """
 
     @property

@@ -50,9 +50,9 @@ class AbstractKernel(eqx.Module):
         The kernel $k(x, y)$, a scalar.
         """
 
-    # The results' classes are kernels themselves, so their file imports this one; hence
-    # the imports inside functions.
     def __add__(self, other: Any) -> "AbstractKernel":
+        # The results' classes are kernels themselves, so their file imports this one;
+        # hence the imports inside functions.
         from ._algebra import add
 
         return add(self, other)
