@@ -251,14 +251,13 @@ def plot(found: list[Curve], path: str) -> None:
 
     names = list(dict.fromkeys(curve.study for curve in found))
     labels = dict(step_s="a gradient step (s)", step_mb="its memory (MB)")
-    figure = Figure(figsize=(3.4 * len(names), 6), layout="constrained")
-    axes = figure.subplots(2, len(names), sharex="col", sharey="row", squeeze=False)
-    for panels, (column, label) in zip(axes, labels.items()):
-        panels[0].set_ylabel(label)
-        for panel, name in zip(panels, names):
-            draw(panel, [curve for curve in found if curve.study == name], column)
-    for panel, name in zip(axes[-1], names):
-        panel.set_xlabel(studies[name].label)
+    figure = Figure(figsize=(8, 2.8 * len(names)), layout="constrained")
+    axes = figure.subplots(len(names), 2, sharey="col", squeeze=False)
+    for panels, name in zip(axes, names):
+        curves = [curve for curve in found if curve.study == name]
+        for panel, (column, label) in zip(panels, labels.items()):
+            draw(panel, curves, column)
+            panel.set(xlabel=studies[name].label, ylabel=label)
     figure.savefig(path, dpi=200)
 
 

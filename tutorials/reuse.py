@@ -129,11 +129,11 @@ print(f"all solved: {jnp.all(ok_guess & ok)}")
 figure, axes = plot.subplots()
 x = test_points[-40:]  # At the last time.
 for a, one in zip(family, found):
-    axes.plot(x[:, 1], one[-40:], label=f"${a[0]:g}$, ${a[1]:g}$")
+    axes.plot(x[:, 1], one[-40:], label=f"$a = ({a[0]:g}, {a[1]:g})$")
     true = jax.vmap(lambda x: exact(a, x))(x)
     axes.plot(x[:, 1], true, "--", color="#7f7f7f", linewidth=1)
-axes.set(xlabel="$x$", ylabel="$u(1, x)$")
-_ = axes.legend(title="$a_1$, $a_2$", frameon=False, ncols=2)
+axes.set(xlabel="$x$", ylabel="$u(1, x)$", ylim=(-0.65, 0.4))
+_ = axes.legend(loc="lower center", frameon=False, labelcolor="#7f7f7f", ncols=2)
 
 # %% [markdown]
 # Dashed: the exact solutions.

@@ -108,7 +108,8 @@ print("the same:", np.array_equal(resumed.history["best"], whole.history["best"]
 # %%
 with open(path, "rb") as file:
     rows = json.loads(file.readline())["rows"]
-print(len(rows), "steps, the last of them", rows[-1])
+print(len(rows), "steps, the last of them:")
+rows[-1]
 
 # %% [markdown]
 # ## Keeping what was learned
