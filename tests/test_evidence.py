@@ -286,11 +286,13 @@ def test_hyperprior():
     found = known(eb.solve(other, others))
     expected = 0.5 * (2 * np.log(2) ** 2 + 0.5**2) / 0.5**2
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    # The search gives a function a scale that it had not.
-    gibbs = eb.GaussianProcess(eb.Gibbs(_Slope(jnp.array(0.5))))
-    known = eb.NegativeLogHyperprior(gibbs, conditions)
-    with pytest.raises(ValueError, match="knows 2 hyperparameter.*but there are 3"):
-        eb.learn(gibbs, conditions, eb.NegativeLogEvidence() + known, steps=1)
+    # Of a kernel with another scale, which is one number more.
+    kernel = eb.Gibbs(_Slope(jnp.array(0.5)))
+    other = eb.GaussianProcess(eb.rescale(kernel, 1.0))
+    known = eb.NegativeLogHyperprior(other, conditions)
+    args = eb.GaussianProcess(kernel), conditions, eb.NegativeLogEvidence() + known
+    with pytest.raises(ValueError, match="knows 3 hyperparameter.*but there are 2"):
+        eb.learn(*args, steps=1, scale_search=False)
     with pytest.raises(ValueError, match="finite positive number, got 0"):
         eb.NegativeLogHyperprior(prior, conditions, std=0)
 
