@@ -184,7 +184,7 @@ def test_trouble(capsys):
     rows = [line.split() for line in printed.splitlines()]
     ends = {row[0]: row[-1] for row in rows if "steps," in row}
     solved = [strength for strength, end in ends.items() if end == "successful"]
-    assert solved == ["1.0", "3.0", "3.5"]
+    assert solved == ["0.5", "1.0", "2.0", "3.0", "3.5"]
     assert ends["3.6"] == ends["4.0"] == "solver"
 
     # Too small, right, too large: errors, and what can be told without them.

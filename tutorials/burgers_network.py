@@ -72,7 +72,7 @@ print("lengthscales in t and x:", eb.unwrap(gaussian.prior).kernel.lengthscale)
 # %%
 network = eb.LengthscaleNetwork(2, "scalar", 8, 1, scale=0.3, key=keys[4])
 prior = eb.GaussianProcess(eb.Gibbs(network))
-neural = eb.learn(prior, conditions, objective, steps=150)
+neural = eb.learn(prior, conditions, objective, steps=100)
 
 plot.learning(neural)
 

@@ -58,8 +58,8 @@ def diagnose(strength, lengthscale):
     return solution.result, solution.stats, left, solution(grid)
 
 
-strengths = jnp.array([1.0, 3.0, 3.5, 3.6, 4.0])
-results, stats, left, _ = diagnose(strengths, jnp.full(5, 0.5))
+strengths = jnp.array([0.5, 1.0, 2.0, 3.0, 3.5, 3.6, 4.0])
+results, stats, left, _ = diagnose(strengths, jnp.full(7, 0.5))
 for i, strength in enumerate(strengths):
     result = jax.tree.map(lambda r: r[i], results)  # Of many, the one at i.
     message = eb.RESULTS[result].partition(". ")[0] or "successful"
