@@ -251,6 +251,20 @@ POINTS, LAST = (
 )
 
 
+LEARNED = dict(
+    lengthscale=("lengthscale", "g"),
+    learned=("learned", ".3g"),
+    **ERRORS,
+    seconds=("all, s", ".1f"),
+    cpu_s=("CPU, s", ".1f"),
+)
+STEP = dict(
+    hyperparameters=("hyperparameters", "d"),
+    step_s=("step, s", ".1f"),
+    first_step_s=("first step, compiling, s", ".1f"),
+)
+
+
 def tables(rows: list[dict]) -> str:
     of = lambda what: [r for r in rows if r["what"] == what]
     solves = [dict(r, radii=", ".join(f"{x:g}" for x in r["rho"])) for r in of("solve")]
@@ -274,26 +288,12 @@ def tables(rows: list[dict]) -> str:
         logs = [np.log([r[name] for r in same]) for name in ("points", "warm_cpu_s")]
         exponent = np.polyfit(*logs, 1)[0]
         lines += ["", f"CPU time grows as the number of points to the {exponent:.2f}."]
-    lines += ["", "Learning the lengthscale with 2000 of the points:", ""]
-    lines += table(
-        of("learn"),
-        **POINTS,
-        lengthscale=("lengthscale", "g"),
-        learned=("learned", ".3g"),
-        **ERRORS,
-        seconds=("all, s", ".1f"),
-        cpu_s=("CPU, s", ".1f"),
-        **LAST,
-    )
-    lines += ["", "A step of learning, with the frozen gradient:", ""]
-    lines += table(
-        of("gradient"),
-        **POINTS,
-        hyperparameters=("hyperparameters", "d"),
-        step_s=("step, s", ".1f"),
-        first_step_s=("first step, compiling, s", ".1f"),
-        **LAST,
-    )
+    if of("learn"):
+        lines += ["", "Learning the lengthscale with 2000 of the points:", ""]
+        lines += table(of("learn"), **POINTS, **LEARNED, **LAST)
+    if of("gradient"):
+        lines += ["", "A step of learning, with the frozen gradient:", ""]
+        lines += table(of("gradient"), **POINTS, **STEP, **LAST)
     return "\n".join(lines)
 
 

@@ -121,7 +121,7 @@ _MOST_DENSE = 8000
 
 
 def with_system(
-    solver: GaussNewton, prior: Any, conditions: list[Condition]
+    solver: GaussNewton, prior: Any, conditions: Sequence[Condition]
 ) -> GaussNewton:
     # With all that can be prepared before compiling.
     system = solver.linear_solver
@@ -132,7 +132,7 @@ def with_system(
     return dataclasses.replace(solver, linear_solver=system)
 
 
-def _many_points(prior: Any, conditions: list[Condition]) -> bool:
+def _many_points(prior: Any, conditions: Sequence[Condition]) -> bool:
     # Whether a dense matrix is too large, and sparse factors are possible.
     traces = trace_conditions(*unwrap((prior, conditions)))
     size = sum(c.num_targets * t.size for c, t in zip(conditions, traces))

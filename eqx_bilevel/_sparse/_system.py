@@ -1,5 +1,6 @@
 """Linear systems by conjugate gradients, with sparse factors in place of a matrix."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -63,9 +64,7 @@ class SparseCholesky(AbstractSystem):
         found = plan(
             prior, conditions, rho=self.rho, rho_conditions=self.rho_conditions
         )
-        return SparseCholesky(
-            self.rho, self.rho_conditions, self.rtol, self.max_steps, found
-        )
+        return dataclasses.replace(self, _plan=found)
 
     @property
     def plan(self) -> Plan:
