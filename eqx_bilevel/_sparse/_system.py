@@ -96,12 +96,12 @@ class SparseCholesky(AbstractSystem):
         # This is no more than a preconditioner: it need not follow every step.
         jacobians = linearised.jacobians
         old = before.nugget != nugget
-        conditions = jax.lax.cond(
+        small, seen = jax.lax.cond(
             old | (_distance(before.jacobians, jacobians) > _NEAR),
             lambda: (self._small(problem, linearised, jitter), jacobians),
             lambda: (before.conditions, before.jacobians),
         )
-        factor = _Factor(prior, *conditions, nugget)
+        factor = _Factor(prior, small, seen, nugget)
         product = lambda w: self._changes(problem, linearised, factor, w)
         operator = _operator(lambda w: product(w)[0] + gamma * w, gamma)
         rhs = linearised.rhs
