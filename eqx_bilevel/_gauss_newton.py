@@ -291,7 +291,7 @@ GaussNewton.__init__.__doc__ = """**Arguments:**
 - `linear_solver`: A direct Lineax solver for symmetric positive definite matrices, or
     an [`eqx_bilevel.SparseCholesky`][]. (An iterative one of Lineax, such as `lx.CG`,
     leaves errors that `result` does not see.) Default: `lx.Cholesky()`; and
-    `SparseCholesky()` for more than 8000 scalar conditions, if the kernels are of
+    `SparseCholesky()` if conditions have more than 8000 targets, the kernels are of
     finite smoothness and the points, in at most three dimensions, are known.
 - `verbose`: Whether to print one line for each step; or a function that is called with
     keyword arguments `name=(description, value)` instead, as in Optimistix.

@@ -116,7 +116,7 @@ def solve(
     return _solve(prior, conditions, solver, adjoint, initial, max_steps, throw)
 
 
-# Scalar conditions, whose dense matrices take 0.5 GB each.
+# Targets, for which a dense matrix takes 0.5 GB or more.
 _MOST_DENSE = 8000
 
 
@@ -134,12 +134,11 @@ def with_system(
 
 def _many_points(prior: Any, conditions: Sequence[Condition]) -> bool:
     # Whether a dense matrix is too large, and sparse factors are possible.
-    traces = trace_conditions(*unwrap((prior, conditions)))
-    size = sum(c.num_targets * t.size for c, t in zip(conditions, traces))
+    if sum(c.num_targets for c in conditions) <= _MOST_DENSE:
+        return False
     kernels = [p.kernel for p in priors_of(unwrap(prior)).values()]
     return (
-        size > _MOST_DENSE
-        and all(np.isfinite(smoothness(kernel)) for kernel in kernels)
+        all(np.isfinite(smoothness(kernel)) for kernel in kernels)
         and conditions[0].points.shape[1] <= 3
         and all(is_concrete(c.points) and c.quadrature is None for c in conditions)
     )

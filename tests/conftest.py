@@ -25,3 +25,11 @@ jax.config.update("jax_disable_most_optimizations", True)
 @pytest.fixture
 def getkey():
     return eqxi.GetKey()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    # Each compiled program takes some memory maps, of which a process has only so many:
+    # then everything fails, as if there were no memory.
+    yield
+    jax.clear_caches()

@@ -431,7 +431,7 @@ def solved(p, linear_solver, rtol=1e-8, **kwargs):
 
 @pytest.fixture(scope="module")
 def solutions():
-    wide = eb.SparseCholesky((9.0, 5.0), 6.0)
+    wide = eb.SparseCholesky((12.0, 8.0), 6.0)
     return [solved(PARAMETERS, s) for s in (wide, lx.Cholesky())]
 
 

@@ -65,7 +65,7 @@ log = []
 
 def watch(progress):
     log.append((progress.step, progress.objective, progress.best))
-    return progress.best < 0.003
+    return progress.best < 0.005
 
 
 learned = eb.learn(
