@@ -167,11 +167,11 @@ class _Elimination(lx.AbstractLinearSolver):
         conditions = problem.conditions
         z, _ = separate(problem, root.z)
         linearised = linearise(conditions, z)
-        at = state.jitter, state.factor
         if self.linear_solver is None:
             posterior = hessian = None
         else:
-            posterior = system.posterior(conditions, linearised, *at)
+            at = conditions, linearised, state.jitter, state.factor
+            posterior = system.posterior(*at)
             hessian = curvatures(conditions, z, root.weights)
         return _System(
             problem=problem,

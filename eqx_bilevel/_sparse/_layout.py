@@ -120,10 +120,8 @@ def _others(problem: Problem, jacobians, uses: Sequence[Use], nowhere) -> Block:
     points, parts = [nowhere], [jnp.zeros((0, 1, len(jets)), nowhere.dtype)]
     for use in uses:
         row, jacobian = problem.rows[use.row], jacobians[use.row]
-        n, where = (
-            len(row.points),
-            jnp.array([jets.index(jet(use, e)) for e in use.entries]),
-        )
+        n = len(row.points)
+        where = jnp.array([jets.index(jet(use, e)) for e in use.entries])
         if use.component is None:
             given = jnp.ones((n, 1), nowhere.dtype)
         else:
@@ -158,12 +156,16 @@ def _uses(i: int, row: Row) -> list[Use]:
     return out
 
 
-def layout(rows: Sequence[Row]) -> Layout:
+class Places(NamedTuple):
+    # All different points of conditions on an unknown, and which are whose.
+    points: Float[np.ndarray, "v d"]
+    where: dict[int, Int[np.ndarray, " n"]]
+
+
+def layout(rows: Sequence[Row], places: Mapping[str, Places]) -> Layout:
     uses = [use for i, row in enumerate(rows) for use in _uses(i, row)]
     values, terms, sizes = {}, [], []
-    names = dict.fromkeys(name for row in rows for name, _ in row.trace.jets)
-    for name in names:
-        points, where = value_points(rows, name)
+    for name, (points, where) in places.items():
         values[name] = jnp.asarray(points)
         for i, row in enumerate(rows):
             for e, jet in enumerate(row.trace.jets):
@@ -179,8 +181,12 @@ def layout(rows: Sequence[Row]) -> Layout:
     return Layout(values, tuple(terms), tuple(uses), tuple(sizes))
 
 
-def value_points(rows: Sequence[Row], name: str) -> tuple[np.ndarray, dict]:
-    # All different points of conditions on an unknown, and which are whose.
+def value_places(rows: Sequence[Row]) -> dict[str, Places]:
+    names = dict.fromkeys(name for row in rows for name, _ in row.trace.jets)
+    return {name: _places(rows, name) for name in names}
+
+
+def _places(rows: Sequence[Row], name: str) -> Places:
     used = {
         i: row.points
         for i, row in enumerate(rows)
@@ -190,4 +196,4 @@ def value_points(rows: Sequence[Row], name: str) -> tuple[np.ndarray, dict]:
         np.concatenate(list(used.values())), axis=0, return_inverse=True
     )
     ends = np.cumsum([len(p) for p in used.values()])
-    return points, dict(zip(used, np.split(where.reshape(-1), ends[:-1])))
+    return Places(points, dict(zip(used, np.split(where.reshape(-1), ends[:-1]))))

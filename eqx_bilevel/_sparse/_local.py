@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from .._gram import Block, covariance
 from ._factor import Prior, regression
+from ._ordering import num_in_ball
 
 
 # Functionals of one kind that a prediction is made from, at most.
@@ -76,8 +77,7 @@ def _nearest(
 ) -> Int[Array, " k"]:
     # As many as there are within so many spacings on a regular grid.
     n, dim = points.shape
-    unit_ball = math.pi ** (dim / 2) / math.gamma(dim / 2 + 1)
-    num = min(math.ceil(unit_ball * rho**dim), _MOST, n)
+    num = min(math.ceil(num_in_ball(dim, rho)), _MOST, n)
     distance = jnp.sum((points - x[None]) ** 2, axis=1)
     return jax.lax.top_k(-jax.lax.stop_gradient(distance), num)[1]
 

@@ -1,6 +1,7 @@
 """Coarse to fine orderings of points."""
 
 import heapq
+import math
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -47,6 +48,11 @@ def _ball(tree: KDTree, centre: ndarray, radius: float) -> ndarray:
     if not np.isfinite(radius):
         return np.arange(tree.n)
     return np.array(tree.query_ball_point(centre, radius, return_sorted=False), int)
+
+
+def num_in_ball(dim: int, radius: float) -> float:
+    # Points of a regular grid, with the radius in units of its spacing.
+    return math.pi ** (dim / 2) / math.gamma(dim / 2 + 1) * radius**dim
 
 
 def neighbour_distances(

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy.spatial import KDTree
 
-from ._ordering import maximin, neighbour_distances
+from ._ordering import maximin, neighbour_distances, num_in_ball
 
 
 class Group(NamedTuple):
@@ -192,8 +192,7 @@ def _radii(group: Group, members, level: _Level, values, rho: float):
     # ball on a regular grid: the lengthscale of one of two very close points is no
     # measure of how far others are.
     points, dim = group.points[members], group.points.shape[1]
-    unit_ball = math.pi ** (dim / 2) / math.gamma(dim / 2 + 1)
-    count = math.ceil(0.5 * unit_ball * rho**dim)
+    count = math.ceil(0.5 * num_in_ball(dim, rho))
     trees = [v.tree for v in (values, level) if v is not None and v.tree is not None]
     enough = np.min([neighbour_distances(t, points, count) for t in trees], axis=0)
     radii = np.maximum(rho * group.lengthscales[members], enough)

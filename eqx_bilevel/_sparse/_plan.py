@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, Float, Int
 
 from .._condition import Condition, is_concrete
 from .._gram import Block
@@ -15,7 +15,7 @@ from .._linearised import Linearised
 from .._parameters import unwrap
 from .._problem import condition_name, names_of, Problem, row_order, trace_conditions
 from ._factor import Functionals, Pattern, Prior
-from ._layout import Layout, layout, Row, value_points
+from ._layout import Layout, layout, Row, value_places
 from ._pattern import following, ordered, supernodes
 
 
@@ -49,24 +49,22 @@ class ConditionsPlan(eqx.Module):
 def plan(
     prior: Any,
     conditions: Sequence[Condition],
-    *,
     rho: tuple[float, float],
     rho_conditions: float,
-    scale: ArrayLike = 1.0,
 ) -> Plan:
     # Functionals are conditioned on others that are at most `rho` lengthscales away:
     # values, which need more, and all others. `rho_conditions` is that of the
-    # preconditioner. Coordinates are divided by `scale`.
-    scale = np.broadcast_to(np.asarray(scale), conditions[0].points.shape[1:])
+    # preconditioner.
     rows = _rows(prior, conditions)
-    whole = layout(rows)
+    places = value_places(rows)
+    whole = layout(rows, places)
     patterns = {}
-    for name in whole.values:
-        points = [rows[u.row].points for u in whole.uses if u.unknown == name]
-        others = np.concatenate([np.zeros((0, len(scale))), *points])
-        values, _ = value_points(rows, name)
-        patterns[name] = _pattern(values, others, rho, scale)
-    return Plan(whole, patterns, _of_conditions(rows, rho_conditions, scale))
+    for name, (points, _) in places.items():
+        values = ordered(points)
+        others = [rows[u.row].points for u in whole.uses if u.unknown == name]
+        others = np.concatenate([points[:0], *others])
+        patterns[name] = _patterns(values, following(others, values), rho)
+    return Plan(whole, patterns, _of_conditions(rows, rho_conditions))
 
 
 def _rows(prior: Any, conditions: Sequence[Condition]) -> list[Row]:
@@ -94,11 +92,6 @@ def _rows(prior: Any, conditions: Sequence[Condition]) -> list[Row]:
     return [rows[i] for i in row_order(traces)]
 
 
-def _pattern(values, others, rho, scale) -> tuple[Pattern, ...]:
-    first = ordered(values / scale)
-    return _patterns(first, following(others / scale, first), rho)
-
-
 def _patterns(values, others, rho) -> tuple[Pattern, ...]:
     sizes = len(values.points), len(others.points)
     nodes = supernodes(values, others, rho)
@@ -112,13 +105,12 @@ def _groups(traces: Sequence[Trace]) -> tuple[list[int], list[int]]:
     return first, [i for i, only in enumerate(of_values) if not only]
 
 
-def _of_conditions(rows: Sequence[Row], rho, scale) -> ConditionsPlan:
+def _of_conditions(rows: Sequence[Row], rho: float) -> ConditionsPlan:
     first, second = _groups([row.trace for row in rows])
 
     def points(chosen):
-        parts = [np.zeros((0, len(scale)))]
-        parts += [np.repeat(rows[i].points, rows[i].trace.size, 0) for i in chosen]
-        return np.concatenate(parts) / scale
+        parts = [np.repeat(rows[i].points, rows[i].trace.size, 0) for i in chosen]
+        return np.concatenate([rows[0].points[:0], *parts])
 
     values = ordered(points(first))
     others = ordered(points(second), values.points)

@@ -61,9 +61,7 @@ class SparseCholesky(AbstractSystem):
             )
 
     def prepared(self, prior: Any, conditions: Sequence[Condition]) -> "SparseCholesky":
-        found = plan(
-            prior, conditions, rho=self.rho, rho_conditions=self.rho_conditions
-        )
+        found = plan(prior, conditions, self.rho, self.rho_conditions)
         return dataclasses.replace(self, _plan=found)
 
     @property
@@ -117,12 +115,16 @@ class SparseCholesky(AbstractSystem):
         return Regression(factor, weights, gamma, z, rounding, good, num_steps)
 
     def solve(self, problem, linearised, jitter, factor, vector):
-        gamma = noise_variances(problem, jitter)
+        gamma, layout = noise_variances(problem, jitter), self.plan.layout
+        jacobians = linearised.jacobians
+        priors = self._priors(problem, linearised, factor.nugget)  # For all products.
 
         def product(weights):
-            return self.changes(problem, linearised, factor, weights)[0]
+            vectors = layout.apply_transposed(problem, jacobians, weights)
+            fields = self._products(priors, factor, vectors)
+            return layout.apply(problem, jacobians, fields) + gamma * weights
 
-        operator = _operator(lambda w: product(w) + gamma * w, gamma)
+        operator = _operator(product, gamma)
         start = jax.lax.stop_gradient(self._precondition(factor, vector))
         return self._conjugate_gradients(
             problem, linearised, gamma, factor, operator, vector, start
@@ -184,12 +186,7 @@ class SparseCholesky(AbstractSystem):
                 for name, p in prediction.items():
                     new = jnp.zeros_like(vectors[name]).at[p.index[i]]
                     vectors[name] = new.add(p.weights[i, :, 0])
-                fields = {
-                    n: covariance_product(
-                        priors[n], self.plan.patterns[n], factor.prior[n], v
-                    )
-                    for n, v in vectors.items()
-                }
+                fields = self._products(priors, factor, vectors)
                 row = layout.apply(problem, linearised.jacobians, fields)
                 return row, vectors, fields
 
@@ -244,15 +241,15 @@ class SparseCholesky(AbstractSystem):
         return applied, layout.read_z(problem, fields)
 
     def _fields(self, problem, jacobians, factor: "_Factor", weights):
-        # All functionals of k phi^T w.
-        layout, patterns = self.plan.layout, self.plan.patterns
+        # All functionals of k phi^T w, and their priors.
         priors = self.plan.priors(problem, jacobians, factor.nugget)
-        vectors = layout.apply_transposed(problem, jacobians, weights)
-        fields = {
-            n: covariance_product(priors[n], patterns[n], factor.prior[n], v)
-            for n, v in vectors.items()
-        }
-        return priors, fields
+        vectors = self.plan.layout.apply_transposed(problem, jacobians, weights)
+        return priors, self._products(priors, factor, vectors)
+
+    def _products(self, priors, factor: "_Factor", vectors: Vectors):
+        # As those of the factor, but differentiable.
+        at = lambda n: (priors[n], self.plan.patterns[n], factor.prior[n])
+        return {n: covariance_product(*at(n), v) for n, v in vectors.items()}
 
     def _predictions(self, problem, priors) -> list[dict[str, Prediction]]:
         return [self._prediction(r.jets, priors) for r in problem.readings.rows]
