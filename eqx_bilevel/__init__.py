@@ -48,6 +48,7 @@ from ._kernels import (
     Warped as Warped,
 )
 from ._learn import learn as learn, Learned as Learned, LearningError as LearningError
+from ._matrix_free import MatrixFree as MatrixFree
 from ._objectives import (
     AbstractDataObjective as AbstractDataObjective,
     AbstractLeastSquaresObjective as AbstractLeastSquaresObjective,

@@ -41,7 +41,7 @@ class Checkpoint:
             self.flush()
 
     def flush(self) -> None:
-        if self._latest is None:
+        if self._latest is None or jax.process_index() != 0:
             return
         start = time.perf_counter()
         header, tree = self._latest

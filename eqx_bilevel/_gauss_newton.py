@@ -288,11 +288,12 @@ GaussNewton.__init__.__doc__ = """**Arguments:**
 - `rtol`: Relative tolerance, with respect to the largest value of each derivative.
 - `atol`: Absolute tolerance.
 - `norm`: Unused: as in other Optimistix solvers, but tolerances are for each value.
-- `linear_solver`: A direct Lineax solver for symmetric positive definite matrices, or
-    an [`eqx_bilevel.SparseCholesky`][]. (An iterative one of Lineax, such as `lx.CG`,
-    leaves errors that `result` does not see.) Default: `lx.Cholesky()`; and
-    `SparseCholesky()` if conditions have more than 8000 targets, the kernels are of
-    finite smoothness and the points, in at most three dimensions, are known.
+- `linear_solver`: A direct Lineax solver for symmetric positive definite matrices, an
+    [`eqx_bilevel.SparseCholesky`][] or an [`eqx_bilevel.MatrixFree`][]. (An iterative
+    one of Lineax, such as `lx.CG`, leaves errors that `result` does not see.) Default:
+    `lx.Cholesky()`; `SparseCholesky()` if conditions have more than 8000 targets, the
+    kernels are of finite smoothness and the points, in at most three dimensions, are
+    known; and otherwise `MatrixFree()` if they have more than 20 000.
 - `verbose`: Whether to print one line for each step; or a function that is called with
     keyword arguments `name=(description, value)` instead, as in Optimistix.
 """

@@ -260,7 +260,8 @@ def learn(
             record,
             file,
         )
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, jax.errors.JaxRuntimeError) as error:
+        # The latter above all if another process has died.
         if file is not None:
             error.add_note(_what_is_saved(file))
         raise

@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import wadler_lindig as wl
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
@@ -29,7 +30,7 @@ from ._pretty import named_doc
 from ._problem import find_condition, jets_of, mean_functions, names_of, Problem
 from ._results import RESULTS
 from ._spectrum import extreme_eigenvalues, power_iteration
-from ._system import AbstractSystem
+from ._system import AbstractSystem, DenseSystem
 
 
 class Reading(eqx.Module):
@@ -107,6 +108,14 @@ class Solution(eqx.Module):
         x, single = _points(x, self._problem)
         out = _apply(self, function_as_pytree(operator), x, known)
         return jax.tree.map(lambda leaf: leaf[0], out) if single else out
+
+    @property
+    def linear_solver(self) -> lx.AbstractLinearSolver | AbstractSystem:
+        """What solved the linear systems: that of the [`eqx_bilevel.GaussNewton`][], or
+        what was chosen if that was none.
+        """
+        system = self._system
+        return system.linear_solver if isinstance(system, DenseSystem) else system
 
     def std(
         self, x: Float[ArrayLike, "*n d"], operator: Callable | None = None

@@ -18,6 +18,7 @@ from ._condition import Condition, GaussianProcess, is_concrete
 from ._gauss_newton import GaussNewton, Root, smallest_nugget
 from ._kernels import smoothness
 from ._linearised import linearise, noise_variances, prior_z
+from ._matrix_free import MatrixFree
 from ._parameters import unwrap
 from ._problem import (
     build,
@@ -116,8 +117,10 @@ def solve(
     return _solve(prior, conditions, solver, adjoint, initial, max_steps, throw)
 
 
-# Targets, for which a dense matrix takes 0.5 GB or more.
-_MOST_DENSE = 8000
+# Targets. A dense matrix takes 0.5 GB for the first number of them, and 3 GB for the
+# second, some times over.
+_MANY = 8000
+_MOST_DENSE = 20000
 
 
 def with_system(
@@ -125,17 +128,21 @@ def with_system(
 ) -> GaussNewton:
     # With all that can be prepared before compiling.
     system = solver.linear_solver
-    if system is None and _many_points(prior, conditions):
-        system = SparseCholesky()
+    if system is None:
+        system = _chosen(prior, conditions)
     if isinstance(system, SparseCholesky):
         system = system.prepared(prior, conditions)
     return dataclasses.replace(solver, linear_solver=system)
 
 
-def _many_points(prior: Any, conditions: Sequence[Condition]) -> bool:
-    # Whether a dense matrix is too large, and sparse factors are possible.
-    if sum(c.num_targets for c in conditions) <= _MOST_DENSE:
-        return False
+def _chosen(prior: Any, conditions: Sequence[Condition]) -> AbstractSystem | None:
+    num = sum(c.num_targets for c in conditions)
+    if num > _MANY and _has_sparse_factors(prior, conditions):
+        return SparseCholesky()
+    return MatrixFree() if num > _MOST_DENSE else None
+
+
+def _has_sparse_factors(prior: Any, conditions: Sequence[Condition]) -> bool:
     kernels = [p.kernel for p in priors_of(unwrap(prior)).values()]
     return (
         all(np.isfinite(smoothness(kernel)) for kernel in kernels)
@@ -167,9 +174,12 @@ def _solve(prior, conditions, solver, adjoint, initial, max_steps, throw):
         initial_jitter(problem),
         jnp.asarray(max_steps),
     )
-    if throw:
-        sol = sol.result.error_if(sol, sol.result != RESULTS.successful)
-    return sol
+    if not throw:
+        return sol
+    # Not all of it, since what is large may be shared between devices.
+    small = lambda s: (s.weights, s.result, s.stats, s._z)
+    fault = sol.result != RESULTS.successful
+    return eqx.tree_at(small, sol, sol.result.error_if(small(sol), fault))
 
 
 def checked(prior, conditions):

@@ -50,6 +50,19 @@ class Regression(NamedTuple):
     num_products: Int[Array, ""]  # of an iterative solve
 
 
+# A linear solve whose residual is larger than this, relatively, is of no use.
+_USABLE = 1e-3
+
+
+def usable(weights, z, *small_and_large) -> Bool[Array, ""]:
+    # Whether all is finite, and what should be small is, relatively.
+    good = jnp.all(jnp.isfinite(weights)) & jnp.all(jnp.isfinite(z))
+    for small, large in small_and_large:
+        size = jnp.max(jnp.abs(large), initial=0)
+        good = good & (jnp.max(jnp.abs(small), initial=0) <= _USABLE * size)
+    return good
+
+
 class AbstractPosterior(eqx.Module):
     # Of z, given the conditions of a linearised problem. Not differentiable.
 
@@ -181,22 +194,51 @@ class AbstractSystem(eqx.Module):
         pass
 
 
+class AbstractKernelSystem(AbstractSystem):
+    # All but linear systems, by products with the kernel as it is: in blocks of rows.
+
+    def changes(self, problem, linearised, factor, weights):
+        del factor
+        jets = jet_changes(problem, linearised.functionals, weights)
+        applied = jacobian_product(problem, linearised.jacobians, jets)
+        return applied, select(problem, jets)
+
+    def read(self, problem, linearised, factor, weights, bent):
+        del factor
+        conditions, jacobians = problem.conditions, linearised.jacobians
+        jets = transposed_jacobian_product(conditions, jacobians, weights)
+        if bent is not None:
+            jets = [jet + b for jet, b in zip(jets, embed(conditions, bent))]
+        return flat(jet_products(problem.readings, conditions, jets))
+
+    def read_transposed(self, problem, linearised, factor, read):
+        del factor
+        conditions, readings = problem.conditions, problem.readings
+        jets = jet_products(conditions, readings, split(readings, read))
+        bent = select(conditions, jets)
+        return bent, jacobian_product(conditions, linearised.jacobians, jets)
+
+    def jets(self, problem, linearised, factor, weights, jets, points):
+        del factor
+        block, functionals = Block(points, None, jets), linearised.functionals
+        product = covariance_product(problem.kernels, (block,), functionals, weights)
+        return product.reshape(len(points), len(jets))
+
+    def covariances(self, problem, linearised, factor, blocks, joint):
+        del factor
+        rows = covariance(problem.kernels, blocks, linearised.functionals)
+        if joint:
+            return covariance(problem.kernels, blocks, blocks), rows
+        return variances(problem.kernels, blocks), rows
+
+    def gram(self, problem, linearised, jitter):
+        gamma = noise_variances(problem, jitter)
+        return GramOperator(problem.kernels, linearised.functionals, gamma)
+
+
 #
 # A dense matrix and its factorisation
 #
-
-
-# A linear solve whose residual is larger than this, relatively, is of no use.
-_USABLE = 1e-3
-
-
-def usable(weights, z, *small_and_large) -> Bool[Array, ""]:
-    # Whether all is finite, and what should be small is, relatively.
-    good = jnp.all(jnp.isfinite(weights)) & jnp.all(jnp.isfinite(z))
-    for small, large in small_and_large:
-        size = jnp.max(jnp.abs(large), initial=0)
-        good = good & (jnp.max(jnp.abs(small), initial=0) <= _USABLE * size)
-    return good
 
 
 class _DensePosterior(AbstractPosterior):
@@ -218,7 +260,7 @@ class _DensePosterior(AbstractPosterior):
         return self.prior @ dz - self.rows @ solved
 
 
-class DenseSystem(AbstractSystem):
+class DenseSystem(AbstractKernelSystem):
     linear_solver: lx.AbstractLinearSolver
 
     def no_factor(self, problem):
@@ -267,50 +309,12 @@ class DenseSystem(AbstractSystem):
         operator = self.gram(problem, linearised, jitter)
         return gram_solve(operator, vector, self.linear_solver, factor)
 
-    def changes(self, problem, linearised, factor, weights):
-        del factor
-        jets = jet_changes(problem, linearised.functionals, weights)
-        applied = jacobian_product(problem, linearised.jacobians, jets)
-        return applied, select(problem, jets)
-
     def posterior(self, problem, linearised, jitter, factor):
         read, functionals = z_functionals(problem), linearised.functionals
         prior = covariance(problem.kernels, read, read)
         rows = covariance(problem.kernels, read, functionals)
         gram = self.gram(problem, linearised, jitter)
         return _DensePosterior(prior, rows, gram, self.linear_solver, factor)
-
-    def read(self, problem, linearised, factor, weights, bent):
-        del factor
-        conditions, jacobians = problem.conditions, linearised.jacobians
-        jets = transposed_jacobian_product(conditions, jacobians, weights)
-        if bent is not None:
-            jets = [jet + b for jet, b in zip(jets, embed(conditions, bent))]
-        return flat(jet_products(problem.readings, conditions, jets))
-
-    def read_transposed(self, problem, linearised, factor, read):
-        del factor
-        conditions, readings = problem.conditions, problem.readings
-        jets = jet_products(conditions, readings, split(readings, read))
-        bent = select(conditions, jets)
-        return bent, jacobian_product(conditions, linearised.jacobians, jets)
-
-    def jets(self, problem, linearised, factor, weights, jets, points):
-        del factor
-        block, functionals = Block(points, None, jets), linearised.functionals
-        product = covariance_product(problem.kernels, (block,), functionals, weights)
-        return product.reshape(len(points), len(jets))
-
-    def covariances(self, problem, linearised, factor, blocks, joint):
-        del factor
-        rows = covariance(problem.kernels, blocks, linearised.functionals)
-        if joint:
-            return covariance(problem.kernels, blocks, blocks), rows
-        return variances(problem.kernels, blocks), rows
-
-    def gram(self, problem, linearised, jitter):
-        gamma = noise_variances(problem, jitter)
-        return GramOperator(problem.kernels, linearised.functionals, gamma)
 
 
 def gram_solve(

@@ -554,13 +554,16 @@ def test_coefficients_that_are_zero():
 
 def test_chosen_where_there_are_many_points(monkeypatch):
     # As if few were many.
-    monkeypatch.setattr("eqx_bilevel._solve._MOST_DENSE", 30)
+    monkeypatch.setattr("eqx_bilevel._solve._MANY", 30)
     prior, conditions = elliptic(24)
-    chosen = lambda *problem: type(eb.solve(*problem)._system).__name__
+    chosen = lambda *problem: type(eb.solve(*problem).linear_solver)
     smooth = eb.GaussianProcess(eb.Gaussian(0.3))
-    assert chosen(prior, conditions) == "SparseCholesky"
-    assert chosen(prior, conditions[:1]) == "DenseSystem"
-    assert chosen(smooth, conditions) == "DenseSystem"
+    assert chosen(prior, conditions) == eb.SparseCholesky
+    assert chosen(prior, conditions[:1]) == lx.Cholesky
+    assert chosen(smooth, conditions) == lx.Cholesky
+    monkeypatch.setattr("eqx_bilevel._solve._MOST_DENSE", 30)
+    assert chosen(prior, conditions) == eb.SparseCholesky
+    assert chosen(smooth, conditions) == eb.MatrixFree
 
 
 def test_learn_with_some_of_the_points():

@@ -4,6 +4,7 @@ from ._blocks import (
     covariance_product as covariance_product,
     Jets as Jets,
     Kernels as Kernels,
+    one_by_one as one_by_one,
     one_sides as one_sides,
     variances as variances,
 )

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from .._jets import Index
 from .._kernels import AbstractKernel
+from .._mesh import AXIS, num_shares
 from ._pairs import one_sided, pairs
 
 
@@ -45,6 +46,21 @@ class Block(eqx.Module):
     def at_each(self) -> int:
         c = self.coefficients
         return len(self.jets) if c is None else c.shape[1]
+
+
+def one_by_one(blocks: Sequence[Block]) -> Block:
+    # One block of them all, with one functional at each point.
+    jets = tuple(dict.fromkeys(jet for block in blocks for jet in block.jets))
+    points, coefficients = [], []
+    for block in blocks:
+        given = block.coefficients
+        assert given is not None and block.sum_over == 1
+        n, q, _ = given.shape
+        full = jnp.zeros((n, q, len(jets)), given.dtype)
+        where = jnp.array([jets.index(jet) for jet in block.jets])
+        coefficients.append(full.at[:, :, where].set(given).reshape(n * q, 1, -1))
+        points.append(jnp.repeat(block.points, q, axis=0))
+    return Block(jnp.concatenate(points), jnp.concatenate(coefficients), jets)
 
 
 def _by_unknown(jets: Jets) -> dict[str, dict[Index, int]]:
@@ -151,26 +167,22 @@ def _column(coefficients, i: int) -> list[tuple[int, Any]]:
     return [(i, 1)] if coefficients is None else list(enumerate(coefficients[:, i]))
 
 
-# A mesh of devices with this axis shares the points on the left.
-_AXIS = "points"
-
-
 def _map_pairs(fn, kernels: Kernels, left: _Side, right: _Side, reduce=lambda x: x):
     # `reduce(fn(...))` for each point on the left, where `fn(...)` is for all points on
-    # the right.
-    mesh, (n,) = jax.sharding.get_abstract_mesh(), left.shape
-    if _AXIS not in mesh.axis_names:
+    # the right. A mesh of devices shares those on the left.
+    (n,), shares = left.shape, num_shares()
+    if shares == 1:
         return _map_chunks(fn, kernels, left, right, reduce)
-    size = -(-n // mesh.shape[_AXIS])
-    padding = size * mesh.shape[_AXIS] - n
+    size = -(-n // shares)
+    padding = size * shares - n
     left = jax.tree.map(lambda x: jnp.pad(x, (0, padding), mode="edge"), left)
     arrays, static = eqx.partition((kernels, left, right), eqx.is_array)
 
     def on_one_device(arrays):
         kernels, left, right = eqx.combine(arrays, static)
-        start = size * jax.lax.axis_index(_AXIS)
+        start = size * jax.lax.axis_index(AXIS)
         mine = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size)
-        whole = lambda x: jax.lax.all_gather(x, _AXIS, tiled=True)
+        whole = lambda x: jax.lax.all_gather(x, AXIS, tiled=True)
         out = _map_chunks(fn, kernels, jax.tree.map(mine, left), right, reduce)
         return jax.tree.map(whole, out)
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._condition import Condition, is_concrete
-from .._gram import Block
+from .._gram import Block, one_by_one
 from .._jets import dependences, Trace
 from .._linearised import Linearised
 from .._parameters import unwrap
@@ -126,27 +126,7 @@ def _functionals(problem: Problem, linearised: Linearised) -> Functionals:
     blocks = [r.block(j) for r, j in zip(problem.rows, linearised.jacobians)]
     dim = problem.rows[0].points.shape[1]
     name = next(iter(problem.kernels))
-    empty = Block(
-        jnp.zeros((0, dim), problem.dtype),
-        jnp.zeros((0, 1, 1), problem.dtype),
-        ((name, (0,) * dim),),
-    )
-    of = lambda chosen: _one_block([blocks[i] for i in chosen], empty)
+    nothing = jnp.zeros((0, 1, 1), problem.dtype)
+    empty = Block(nothing[:, 0].repeat(dim, 1), nothing, ((name, (0,) * dim),))
+    of = lambda chosen: one_by_one([blocks[i] for i in chosen] or [empty])
     return Functionals(of(first), of(second))
-
-
-def _one_block(blocks: Sequence[Block], empty: Block) -> Block:
-    # With one functional at each point.
-    if len(blocks) == 0:
-        return empty
-    jets = tuple(dict.fromkeys(jet for block in blocks for jet in block.jets))
-    points, coefficients = [], []
-    for block in blocks:
-        given = block.coefficients
-        assert given is not None
-        n, q, _ = given.shape
-        full = jnp.zeros((n, q, len(jets)), given.dtype)
-        where = jnp.array([jets.index(jet) for jet in block.jets])
-        coefficients.append(full.at[:, :, where].set(given).reshape(n * q, 1, -1))
-        points.append(jnp.repeat(block.points, q, axis=0))
-    return Block(jnp.concatenate(points), jnp.concatenate(coefficients), jets)

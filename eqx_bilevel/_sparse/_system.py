@@ -1,20 +1,20 @@
 """Linear systems by conjugate gradients, with sparse factors in place of a matrix."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from .._condition import Condition
-from .._gram import Block, variances
+from .._conjugate_gradients import ConjugateGradients, deviations
+from .._gram import Block
 from .._linearised import join, linearise, Linearised, noise_variances, prior_z, split
 from .._problem import Problem
-from .._system import AbstractPosterior, AbstractSystem, Regression, usable
+from .._system import AbstractPosterior, AbstractSystem
 from ._factor import covariance_product, factorise, Prior, SparseFactor
 from ._layout import Vectors
 from ._local import of_unknown, predict, Prediction
@@ -51,7 +51,7 @@ class SparseCholesky(AbstractSystem):
     rho_conditions: float = eqx.field(static=True, default=6.0)
     rtol: float = eqx.field(static=True, default=1e-9)
     max_steps: int = eqx.field(static=True, default=200)
-    _plan: Plan | None = None
+    _plan: Plan | None = eqx.field(default=None, repr=False)
 
     def __check_init__(self):
         if not min(*self.rho, self.rho_conditions) > 1:
@@ -100,19 +100,10 @@ class SparseCholesky(AbstractSystem):
             lambda: (before.conditions, before.jacobians),
         )
         factor = _Factor(prior, small, seen, nugget)
-        product = lambda w: self._changes(problem, linearised, factor, w)
-        operator = _operator(lambda w: product(w)[0] + gamma * w, gamma)
-        rhs = linearised.rhs
-        weights, num_steps = self._conjugate_gradients(
-            problem, linearised, gamma, factor, operator, rhs, start
-        )
-        applied, z = product(weights)
-        remainder = rhs - applied - gamma * weights
-        _, rounding = product(self._precondition(factor, remainder))
-        unit = _deviations(problem, linearised, gamma)
-        good = usable(weights, z, (remainder / unit, rhs / unit), (rounding, z))
-        z = prior_z(problem) + z
-        return Regression(factor, weights, gamma, z, rounding, good, num_steps)
+        changes = lambda w: self._changes(problem, linearised, factor, w)
+        iteration = self._iteration(problem, linearised, gamma, factor)
+        product = lambda w: changes(w)[0]
+        return iteration.regress(problem, linearised, factor, changes, product, start)
 
     def solve(self, problem, linearised, jitter, factor, vector):
         gamma, layout = noise_variances(problem, jitter), self.plan.layout
@@ -122,13 +113,11 @@ class SparseCholesky(AbstractSystem):
         def product(weights):
             vectors = layout.apply_transposed(problem, jacobians, weights)
             fields = self._products(priors, factor, vectors)
-            return layout.apply(problem, jacobians, fields) + gamma * weights
+            return layout.apply(problem, jacobians, fields)
 
-        operator = _operator(product, gamma)
+        iteration = self._iteration(problem, linearised, gamma, factor)
         start = jax.lax.stop_gradient(self._precondition(factor, vector))
-        return self._conjugate_gradients(
-            problem, linearised, gamma, factor, operator, vector, start
-        )[0]
+        return iteration.solve(product, vector, start)[0]
 
     def changes(self, problem, linearised, factor, weights):
         conditions = problem.conditions
@@ -258,29 +247,10 @@ class SparseCholesky(AbstractSystem):
         names = dict.fromkeys(name for name, _ in block.jets)
         return {n: predict(priors[n], self.rho, of_unknown(block, n)) for n in names}
 
-    def _conjugate_gradients(
-        self, problem, linearised, gamma, factor, operator, rhs, start
-    ):
-        # In units of each condition's standard deviation, and of the right-hand side:
-        # only then does one tolerance mean the same for all.
-        deviation = jax.lax.stop_gradient(_deviations(problem, linearised, gamma))
-        size = jnp.sqrt(jnp.mean((jax.lax.stop_gradient(rhs) / deviation) ** 2))
-        size = jnp.where(size > 0, size, 1)
-        unit = deviation * size
-        # Lineax also demands that weights change little, in absolute terms. They may be
-        # large, and only the residual counts; so they are counted in large units.
-        weight_unit = size / deviation / _WEIGHT_UNIT
-        scaled = _operator(lambda w: operator.mv(w * weight_unit) / unit, rhs)
-        precondition = lambda r: self._precondition(factor, r * unit) / weight_unit
-        inner = _operator(precondition, rhs)
-        options: dict[str, Any] = dict(preconditioner=inner, y0=start / weight_unit)
-        rms = lambda x: jnp.sqrt(jnp.mean(x**2))
-        solver = lx.CG(0.0, self.rtol, norm=rms, max_steps=self.max_steps)
-        solution = lx.linear_solve(
-            scaled, rhs / unit, solver, options=options, throw=False
-        )
-        num_steps = jnp.asarray(solution.stats["num_steps"])
-        return solution.value * weight_unit, num_steps
+    def _iteration(self, problem, linearised, gamma, factor) -> ConjugateGradients:
+        precondition = lambda vector: self._precondition(factor, vector)
+        units = deviations(problem, linearised, gamma)
+        return ConjugateGradients(gamma, units, precondition, self.rtol, self.max_steps)
 
 
 SparseCholesky.__init__.__doc__ = """**Arguments:**
@@ -299,7 +269,6 @@ A `ValueError` if a radius is not greater than one.
 
 # Of the diagonal: below it the many small factorisations fail from rounding.
 _LEAST_NUGGET = 1e-13
-_WEIGHT_UNIT = 1e-12
 # Linearisations that can share a preconditioner differ by less.
 _NEAR = 0.03
 # Right-hand sides that are treated at once.
@@ -347,11 +316,6 @@ class _SparsePosterior(AbstractPosterior):
         return applied, layout.read_z(problem, fields)
 
 
-def _operator(product: Callable, like: Array) -> lx.FunctionLinearOperator:
-    structure = jax.ShapeDtypeStruct(like.shape, like.dtype)
-    return lx.FunctionLinearOperator(product, structure, lx.positive_semidefinite_tag)
-
-
 def _distance(one: Sequence[Array], other: Sequence[Array]) -> Float[Array, ""]:
     # Relatively, of the coefficients of each entry of the jets.
     out = []
@@ -360,10 +324,6 @@ def _distance(one: Sequence[Array], other: Sequence[Array]) -> Float[Array, ""]:
         change = jnp.max(jnp.abs(a - b), axis=0, initial=0)
         out.append(jnp.max(change / jnp.where(size > 0, size, 1), initial=0))
     return jnp.max(jnp.stack(out))
-
-
-def _deviations(problem: Problem, linearised: Linearised, gamma) -> Float[Array, " M"]:
-    return jnp.sqrt(variances(problem.kernels, linearised.functionals) + gamma)
 
 
 def _of_conditions(problem: Problem, linearised: Linearised) -> tuple[Array, ...]:
