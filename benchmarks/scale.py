@@ -2,8 +2,10 @@
 
 `solve` and `learn`: -Lap u + u^3 = f on the unit square, u = sum_k sin(k pi x)
 sin(k pi y) / k^6 over k <= 600, zero on the boundary, on a regular grid, with a Matern
-kernel of order 7/2. `gradient`: Burgers' equation at quasi-random points, with a warped
-kernel whose warp is a network. Each measurement runs in a process of its own and is one
+kernel of order 7/2. `smooth`: the same with k <= 4 and a Gaussian kernel, without a
+matrix, with rows shared between virtual devices; and with a matrix. `gradient`:
+Burgers' equation at quasi-random points, with a warped kernel whose warp is a network.
+Each measurement runs in a process of its own and is one
 line of JSON on standard output; tables follow.
 
     python benchmarks/scale.py             # all
@@ -23,6 +25,7 @@ import equinox as eqx
 import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import optax
 from measuring import in_own_process, peak_mb
@@ -40,6 +43,8 @@ class Case(NamedTuple):
     size: int  # nodes in each direction, without the boundary; or points
     lengthscale: float = 0.3
     rho: tuple[float, float] = eb.SparseCholesky().rho
+    devices: int = 1
+    dense: bool = False
 
 
 cases = (
@@ -50,6 +55,12 @@ cases = (
     Case("solve", 99, rho=(8.0, 5.0)),
     Case("solve", 199),
     Case("solve", 315),
+    Case("smooth", 49, lengthscale=0.2),
+    Case("smooth", 49, lengthscale=0.2, dense=True),
+    Case("smooth", 99, lengthscale=0.2),
+    Case("smooth", 99, lengthscale=0.2, dense=True),
+    Case("smooth", 99, lengthscale=0.2, devices=2),
+    Case("smooth", 99, lengthscale=0.2, devices=4),
     Case("learn", 99, lengthscale=0.1),
     Case("gradient", 5000),
     Case("gradient", 20000),
@@ -77,17 +88,24 @@ def series(points, weights):
 K = np.arange(1.0, 601.0)
 
 
+def truth(case: Case):
+    return np.where(K <= 4, K**-6, 0) if case.what == "smooth" else K**-6
+
+
 def elliptic(case: Case):
     axis = np.arange(case.size + 2) / (case.size + 1)
     points = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
     inside = np.all((points > 0) & (points < 1), axis=1)
-    exact = series(points[inside], K**-6)
-    target = series(points[inside], 2 * np.pi**2 * K**-4) + exact**3
+    weights = truth(case)
+    exact = series(points[inside], weights)
+    target = series(points[inside], 2 * np.pi**2 * K**2 * weights) + exact**3
     conditions = [
         eb.Condition(operator, points[inside], target),
         eb.Condition(value, points[~inside]),
     ]
-    return eb.GaussianProcess(eb.Matern(case.lengthscale, nu=3.5)), conditions, exact
+    matern = eb.Matern(case.lengthscale, nu=3.5)
+    kernel = eb.Gaussian(case.lengthscale) if case.what == "smooth" else matern
+    return eb.GaussianProcess(kernel), conditions, exact
 
 
 def rms(x) -> float:
@@ -104,10 +122,10 @@ def sparse(case: Case) -> eb.GaussNewton:
     return eb.GaussNewton(linear_solver=eb.SparseCholesky(rho=case.rho))
 
 
-def errors(solution, exact) -> dict:
+def errors(case: Case, solution, exact) -> dict:
     # At the points of the equation, and at others.
     elsewhere = np.random.default_rng(0).random((1000, 2))
-    truth = series(elsewhere, K**-6)
+    expected = series(elsewhere, truth(case))
     points = solution.conditions[0].points
     at_points = solution._z.reshape(-1) - exact
     assert len(points) == len(exact)
@@ -115,8 +133,8 @@ def errors(solution, exact) -> dict:
     return dict(
         error_l2=rms(at_points),
         error_max=float(np.max(np.abs(at_points))),
-        elsewhere_l2=rms(np.asarray(off_points) - truth),
-        elsewhere_max=float(np.max(np.abs(np.asarray(off_points) - truth))),
+        elsewhere_l2=rms(np.asarray(off_points) - expected),
+        elsewhere_max=float(np.max(np.abs(np.asarray(off_points) - expected))),
     )
 
 
@@ -129,13 +147,41 @@ def measure_solve(case: Case) -> dict:
         points=sum(len(c.points) for c in conditions),
         lengthscale=case.lengthscale,
         rho=case.rho,
-        **errors(solution, exact),
+        **errors(case, solution, exact),
         steps=int(solution.stats["num_steps"]),
         products=int(solution.stats["num_products"]),
         cold_s=round(cold, 2),
         warm_s=round(warm, 2),
         warm_cpu_s=round(cpu, 2),
     )
+
+
+def measure_smooth(case: Case) -> dict:
+    jax.config.update("jax_num_cpu_devices", case.devices)
+    auto = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((case.devices,), ("points",), axis_types=(auto,))
+    prior, conditions, exact = elliptic(case)
+    system = lx.Cholesky() if case.dense else eb.MatrixFree()
+    solve = lambda: eb.solve(prior, conditions, eb.GaussNewton(linear_solver=system))
+    with jax.set_mesh(mesh):
+        _, cold, _ = timed(solve)
+        solution, warm, cpu = timed(solve)
+    found = dict(
+        points=sum(len(c.points) for c in conditions),
+        matrix="dense" if case.dense else "none",
+        devices=case.devices,
+        **errors(case, solution, exact),
+        steps=int(solution.stats["num_steps"]),
+        products=int(solution.stats["num_products"]),
+        nugget=float(solution.stats["jitter"]),
+        cold_s=round(cold, 1),
+        warm_s=round(warm, 1),
+        warm_cpu_s=round(cpu, 1),
+    )
+    if not case.dense:
+        share = solution._factor.basis.addressable_shards[0].data
+        found["share_mb"] = round(share.nbytes / 1e6)
+    return found
 
 
 def measure_learn(case: Case) -> dict:
@@ -145,14 +191,12 @@ def measure_learn(case: Case) -> dict:
         box.interior(500, key=jax.random.key(0)),
         target=lambda x: _source(x),
     )
-    learned, seconds, cpu = timed(
-        eb.learn, prior, conditions, objective, solver=sparse(case), subset=2000
-    )
+    learned, seconds, cpu = timed(eb.learn, prior, conditions, objective, subset=2000)
     return dict(
         points=sum(len(c.points) for c in conditions),
         lengthscale=case.lengthscale,
         learned=float(eb.unwrap(learned.prior).kernel.lengthscale),
-        **errors(learned.solution, exact),
+        **errors(case, learned.solution, exact),
         seconds=round(seconds, 1),
         cpu_s=round(cpu, 1),
     )
@@ -221,7 +265,12 @@ def measure_gradient(case: Case) -> dict:
     )
 
 
-measures = dict(solve=measure_solve, learn=measure_learn, gradient=measure_gradient)
+measures = dict(
+    solve=measure_solve,
+    smooth=measure_smooth,
+    learn=measure_learn,
+    gradient=measure_gradient,
+)
 
 
 def measure(case: Case) -> dict:
@@ -288,6 +337,23 @@ def tables(rows: list[dict]) -> str:
         logs = [np.log([r[name] for r in same]) for name in ("points", "warm_cpu_s")]
         exponent = np.polyfit(*logs, 1)[0]
         lines += ["", f"CPU time grows as the number of points to the {exponent:.2f}."]
+    if of("smooth"):
+        lines += ["", "A smooth solution, with a Gaussian kernel:", ""]
+        lines += table(
+            [dict(share_mb=0) | r for r in of("smooth")],
+            **POINTS,
+            matrix=("matrix", "s"),
+            devices=("devices", "d"),
+            elsewhere_l2=ERRORS["elsewhere_l2"],
+            nugget=("nugget", ".0e"),
+            steps=("steps", "d"),
+            products=("CG steps", "d"),
+            share_mb=("a device's share of the factor, MB", "d"),
+            cold_s=("first, s", ".1f"),
+            warm_s=("again, s", ".1f"),
+            warm_cpu_s=("CPU, s", ".1f"),
+            **LAST,
+        )
     if of("learn"):
         lines += ["", "Learning the lengthscale with 2000 of the points:", ""]
         lines += table(of("learn"), **POINTS, **LEARNED, **LAST)

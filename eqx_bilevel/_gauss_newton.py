@@ -207,7 +207,7 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
         num_stalled = jnp.where(progress, 0, state.num_stalled + 1)
         converged = (excess <= 1) | ((excess <= 100) & (num_stalled >= _PATIENCE))
         # Otherwise try again with more jitter.
-        smallest = smallest_nugget(problem)
+        smallest = self.system.smallest_nugget(problem)
         # In small steps at first, since accuracy is in proportion.
         factor = jnp.where(state.jitter < 10 * smallest, 4, 10).astype(problem.dtype)
         jitter = jnp.maximum(factor * state.jitter, smallest)
@@ -297,11 +297,6 @@ GaussNewton.__init__.__doc__ = """**Arguments:**
 - `verbose`: Whether to print one line for each step; or a function that is called with
     keyword arguments `name=(description, value)` instead, as in Optimistix.
 """
-
-
-def smallest_nugget(problem: Problem) -> float:
-    # Around this, relative to the diagonal, factorisations fail from rounding.
-    return 0.125 * problem.size * float(jnp.finfo(problem.dtype).eps)
 
 
 def largest_nugget(problem: Problem) -> float:

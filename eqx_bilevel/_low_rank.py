@@ -54,6 +54,8 @@ class LowRank(eqx.Module):
 
 # Functionals that are chosen at once, at most.
 _AT_ONCE = 64
+# Of correlations, in units of the last digit.
+_ROUNDING = 30
 # Where the rest of the variance is so small, relatively to the noise, it is enough.
 _ENOUGH = 0.1
 
@@ -133,11 +135,9 @@ def _take(block: Block, index: Int[Array, " k"]) -> Block:
 
 
 def _divided(columns: Float[Array, "m k"], square: Float[Array, "k k"]):
-    # Columns of a positive definite matrix by the root of the part with their own rows.
-    # Some more on the diagonal only means that they explain less.
-    eps, size = jnp.finfo(square.dtype).eps, jnp.max(jnp.diagonal(square))
-    more = 10 * eps * (1 + len(square) * size)
-    square = 0.5 * (square + square.T)
-    root = jnp.linalg.cholesky(square + more * jnp.eye(len(square), dtype=square.dtype))
-    out = jsl.solve_triangular(root, columns.T, lower=True).T
-    return jnp.where(jnp.all(jnp.isfinite(out)), out, 0)
+    # Columns of a positive definite matrix by the root of the part with their own rows,
+    # less what of that is nothing but rounding.
+    values, vectors = jnp.linalg.eigh(0.5 * (square + square.T))
+    keep = values > _ROUNDING * jnp.finfo(square.dtype).eps
+    root = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, values, 1)), 0)
+    return columns @ (vectors * root[None])

@@ -19,7 +19,7 @@ from ._linearised import (
 )
 from ._low_rank import low_rank, LowRank
 from ._problem import Problem
-from ._system import AbstractKernelSystem, AbstractPosterior
+from ._system import AbstractKernelSystem, AbstractPosterior, rounding_of_sums
 
 
 class MatrixFree(AbstractKernelSystem):
@@ -34,13 +34,17 @@ class MatrixFree(AbstractKernelSystem):
 
     rank: int = eqx.field(static=True, default=1000)
     rtol: float = eqx.field(static=True, default=1e-9)
-    max_steps: int = eqx.field(static=True, default=200)
+    max_steps: int = eqx.field(static=True, default=100)
 
     def __check_init__(self):
         for name in ("rank", "max_steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value}.")
+
+    def smallest_nugget(self, problem):
+        # In the preconditioned system, rounding of products counts relatively to it.
+        return 20 * rounding_of_sums(problem)
 
     def no_factor(self, problem):
         def factor():
@@ -51,24 +55,25 @@ class MatrixFree(AbstractKernelSystem):
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), struct)
 
     def regress(self, problem, linearised, jitter, last):
-        _, start = last
+        # Not from the last weights: they are large, and products with them have errors.
+        del last
         factor = self._factor(problem, linearised, jitter)
         iteration = self._iteration(problem, linearised, jitter, factor)
         changes = lambda w: self.changes(problem, linearised, factor, w)
         product = self._product(problem, linearised)
-        regress = lambda: iteration.regress(
-            problem, linearised, factor, changes, product, start
-        )
-        # It is known beforehand when they would take too many steps.
+        # It is known beforehand when this would take too many steps. Without a right-
+        # hand side it takes none. (In a `lax.cond` XLA uses one core only.)
         enough = factor.rest <= (self.max_steps / 5) ** 2
-        struct = jax.eval_shape(regress)
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), struct)
-        return jax.lax.cond(enough, regress, lambda: nothing)
+        rhs = jnp.where(enough, linearised.rhs, 0)
+        found = iteration.regress(
+            problem, linearised._replace(rhs=rhs), factor, changes, product, 0 * rhs
+        )
+        return found._replace(usable=found.usable & enough)
 
     def solve(self, problem, linearised, jitter, factor, vector):
         iteration = self._iteration(problem, linearised, jitter, factor)
-        start = jax.lax.stop_gradient(factor(vector))
-        return iteration.solve(self._product(problem, linearised), vector, start)[0]
+        product, start = self._product(problem, linearised), jnp.zeros_like(vector)
+        return iteration.solve(product, vector, start)[0]
 
     def posterior(self, problem, linearised, jitter, factor):
         return _Posterior(self, problem, linearised, jitter, factor)

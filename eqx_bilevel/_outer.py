@@ -75,7 +75,7 @@ def solve_at(theta: PyTree, task: Task, start: Start) -> Solution:
         task.adjoint,
         jnp.where(start.cold, prior_z(problem), start.z),
         start.cold,
-        jnp.maximum(start.jitter, initial_jitter(problem)),
+        jnp.maximum(start.jitter, initial_jitter(problem, task.solver.system)),
         task.max_inner_steps,
     )
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ._adjoint import FixedPointAdjoint, FrozenAdjoint, without_gradient
 from ._closure import function_as_pytree
 from ._condition import Condition, GaussianProcess, is_concrete
-from ._gauss_newton import GaussNewton, Root, smallest_nugget
+from ._gauss_newton import GaussNewton, Root
 from ._kernels import smoothness
 from ._linearised import linearise, noise_variances, prior_z
 from ._matrix_free import MatrixFree
@@ -171,7 +171,7 @@ def _solve(prior, conditions, solver, adjoint, initial, max_steps, throw):
         adjoint,
         start,
         known,
-        initial_jitter(problem),
+        initial_jitter(problem, solver.system),
         jnp.asarray(max_steps),
     )
     if not throw:
@@ -378,10 +378,10 @@ def solution_at(
     )
 
 
-def initial_jitter(problem: Problem) -> Float[Array, ""]:
+def initial_jitter(problem: Problem, system: AbstractSystem) -> Float[Array, ""]:
     # Zero if all conditions come with a noise or nugget, and otherwise the smallest
     # nugget that has a chance: the automatic one.
-    smallest = smallest_nugget(problem)
+    smallest = system.smallest_nugget(problem)
     automatic = jnp.stack([r.variance == 0 for r in problem.rows]).any()
     return jnp.where(automatic, smallest, 0.0).astype(problem.dtype)
 

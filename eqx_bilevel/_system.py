@@ -63,6 +63,11 @@ def usable(weights, z, *small_and_large) -> Bool[Array, ""]:
     return good
 
 
+def rounding_of_sums(problem: Problem) -> float:
+    # Of so many numbers, relatively.
+    return problem.size * float(jnp.finfo(problem.dtype).eps)
+
+
 class AbstractPosterior(eqx.Module):
     # Of z, given the conditions of a linearised problem. Not differentiable.
 
@@ -86,6 +91,11 @@ class AbstractSystem(eqx.Module):
     # With functionals phi and G = phi k phi^T + Gamma. What belongs to one
     # linearisation is its `factor`. A problem can have readings; their functionals are
     # not among phi.
+
+    @abc.abstractmethod
+    def smallest_nugget(self, problem: Problem) -> float:
+        # Around this, relative to the diagonal, linear systems fail from rounding.
+        pass
 
     @abc.abstractmethod
     def no_factor(self, problem: Problem) -> PyTree[Array]:
@@ -262,6 +272,9 @@ class _DensePosterior(AbstractPosterior):
 
 class DenseSystem(AbstractKernelSystem):
     linear_solver: lx.AbstractLinearSolver
+
+    def smallest_nugget(self, problem):
+        return 0.125 * rounding_of_sums(problem)
 
     def no_factor(self, problem):
         # Of the identity, if the solver is `lx.Cholesky`, for what comes of it to be

@@ -108,7 +108,8 @@ def _root(covariance: Float[Array, "P P"]) -> Float[Array, "P P"]:
 @eqx.filter_jit
 def _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw):
     problem, fault = sanitised(*unwrap((prior, conditions)))
-    jitter = initial_jitter(problem)
+    linear_solver = lx.Cholesky()
+    jitter = initial_jitter(problem, DenseSystem(linear_solver))
     blocks = [r.jets for r in problem.rows]
     root = _root(covariance(problem.kernels, blocks, blocks))
     args = _Args(problem, root, noise_variances(problem, jitter))
@@ -123,7 +124,6 @@ def _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw):
         throw=False,
     )
     z = select(problem, _jets(sol.value, args))
-    linear_solver = lx.Cholesky()
     fixed = without_gradient((problem, z, jitter))
     factor = _factor(fixed[0], fixed[1], fixed[2], linear_solver)
     linearised, gamma = linearise(problem, z), noise_variances(problem, jitter)

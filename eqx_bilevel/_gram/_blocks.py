@@ -58,7 +58,8 @@ def one_by_one(blocks: Sequence[Block]) -> Block:
         n, q, _ = given.shape
         full = jnp.zeros((n, q, len(jets)), given.dtype)
         where = jnp.array([jets.index(jet) for jet in block.jets])
-        coefficients.append(full.at[:, :, where].set(given).reshape(n * q, 1, -1))
+        full = full.at[:, :, where].set(given)
+        coefficients.append(full.reshape(n * q, 1, len(jets)))
         points.append(jnp.repeat(block.points, q, axis=0))
     return Block(jnp.concatenate(points), jnp.concatenate(coefficients), jets)
 

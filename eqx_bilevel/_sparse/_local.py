@@ -78,8 +78,10 @@ def _nearest(
     # As many as there are within so many spacings on a regular grid.
     n, dim = points.shape
     num = min(math.ceil(num_in_ball(dim, rho)), _MOST, n)
-    distance = jnp.sum((points - x[None]) ** 2, axis=1)
-    return jax.lax.top_k(-jax.lax.stop_gradient(distance), num)[1]
+    distance = jax.lax.stop_gradient(jnp.sum((points - x[None]) ** 2, axis=1))
+    # In single precision XLA on CPUs selects, and in double precision it sorts all of
+    # them, which takes fifty times longer.
+    return jax.lax.top_k(-distance.astype(jnp.float32), num)[1]
 
 
 def of_unknown(block: Block, name: str) -> Block:

@@ -14,7 +14,7 @@ from .._conjugate_gradients import ConjugateGradients, deviations
 from .._gram import Block
 from .._linearised import join, linearise, Linearised, noise_variances, prior_z, split
 from .._problem import Problem
-from .._system import AbstractPosterior, AbstractSystem
+from .._system import AbstractPosterior, AbstractSystem, rounding_of_sums
 from ._factor import covariance_product, factorise, Prior, SparseFactor
 from ._layout import Vectors
 from ._local import of_unknown, predict, Prediction
@@ -68,6 +68,9 @@ class SparseCholesky(AbstractSystem):
     def plan(self) -> Plan:
         assert self._plan is not None
         return self._plan
+
+    def smallest_nugget(self, problem):
+        return 0.125 * rounding_of_sums(problem)
 
     def no_factor(self, problem):
         def factors():
