@@ -21,7 +21,6 @@ from ._condition import Condition, GaussianProcess, is_concrete
 from ._fingerprint import fingerprint
 from ._gauss_newton import GaussNewton
 from ._geometry import as_key
-from ._kernels import fixed_numbers
 from ._krylov import FixedPointGMRES
 from ._last_solve import last_solve
 from ._objectives import (
@@ -37,6 +36,7 @@ from ._outer import (
     Start,
     Task,
 )
+from ._parameters import fixed_numbers
 from ._progress import Callback, Record
 from ._quasi_newton import BoundedBFGS
 from ._results import RESULTS
@@ -303,13 +303,15 @@ def _adjoint(gradient: str) -> optx.AbstractAdjoint:
     return adjoints[gradient]
 
 
+# Not of those in conditions: there a number is data, whatever its type, unless it is a
+# parameter.
 def _warn_of_fixed(prior: Any) -> None:
     numbers = fixed_numbers(prior)
     if numbers:
         shown = " and ".join(f"`{name}`" for name in numbers)
         warnings.warn(
             f"{shown} will not be learned: a Python float is a constant, and nothing "
-            "else in that kernel is learned either. Make it an array, or an "
+            "else in that module is learned either. Make it an array, or an "
             "`eqx_bilevel.Positive`; or an `eqx_bilevel.Frozen`, if it is to stay.",
             stacklevel=3,
         )

@@ -132,7 +132,8 @@ class ValidationResidual(AbstractLeastSquaresObjective, AbstractDataObjective):
         return [more if c is condition else c for c in conditions]
 
     def _find(self, conditions: Sequence[Condition]) -> Condition:
-        condition, name = find_condition(conditions, self.condition, "The objective")
+        whose = "`ValidationResidual`"
+        condition, name = find_condition(conditions, self.condition, whose)
         if condition.quadrature is not None:
             raise ValueError(
                 f"Condition {name!r} is about averages, which are not known at points. "
