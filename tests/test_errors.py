@@ -459,11 +459,11 @@ _wrong = {
     ),
     "validation where it was fitted": (
         lambda: eb.learn(_prior(), data, eb.ValidationResidual(ends, "ends")),
-        "All validation points are points of the condition itself",
+        "All points of `ValidationResidual` are points of the condition itself",
     ),
     "target of the validation": (
         lambda: eb.learn(_prior(), data, eb.ValidationResidual(grid, target=ends)),
-        r"target of the validation must be.*\[\(5,\)\].*got \[\(2, 1\)\]",
+        r"target of `ValidationResidual` must be.*\[\(5,\)\].*got \[\(2, 1\)\]",
     ),
     "learn inside jit": (
         lambda: jax.jit(lambda x: eb.learn(_prior(x), data, _objective()))(0.5),

@@ -466,6 +466,18 @@ def test_floats_that_stay(kernel, mean, named):
     assert fixed_numbers({"u": prior, "v": _prior()}) == named
 
 
+def test_warns_of_boundary_values_before_the_equation():
+    pde, end = _conditions()
+    solution = eb.solve(_prior(), [end, pde])
+    with pytest.warns(UserWarning, match=r"`ValidationResidual\(points, 'pde'\)`"):
+        eb.ValidationResidual(validation)(solution)
+    named = eb.ValidationResidual(validation, "pde")(solution)
+    in_order = eb.solve(_prior(), [pde, end])
+    first = eb.ValidationResidual(validation)(in_order)
+    np.testing.assert_allclose(named, first, rtol=1e-6)
+    eb.ValidationResidual(validation, "ends")(solution)  # No warning.
+
+
 def test_warns_of_floats_that_stay():
     # Of those in the prior: in a condition, numbers are data.
     prior = eb.GaussianProcess(eb.Gaussian(0.3), Trend(1.0))
