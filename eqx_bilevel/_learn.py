@@ -210,9 +210,10 @@ def learn(
     check_num_steps(max_inner_steps, "max_inner_steps")
     prior, conditions = checked(prior, conditions)
     if not isinstance(objective, AbstractObjective):
+        hint = " A function of the solution makes one: `eqx_bilevel.Objective(fn)`."
         raise ValueError(
             "`objective` must be an `eqx_bilevel.AbstractObjective`, got a "
-            f"{type(objective).__name__}."
+            f"{type(objective).__name__}.{hint if callable(objective) else ''}"
         )
     if as_data_objective(objective).batched and key is None:
         raise ValueError("`key` is needed, since the objective uses random batches.")

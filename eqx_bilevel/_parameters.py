@@ -61,6 +61,11 @@ class AbstractParameter(eqx.Module):
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _no_number
     __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __matmul__ = _no_number
     __rmatmul__ = __neg__ = __abs__ = __float__ = _no_number
+
+    def __format__(self, spec: str) -> str:
+        # `f"{parameter}"` is its `repr`; with how to write a number, it is taken for one.
+        return _no_number(self) if spec else str(self)
+
     __lt__ = __le__ = __gt__ = __ge__ = _no_number
 
 

@@ -241,7 +241,8 @@ _wrong = {
     ),
     "prior": (
         lambda: _solve(_pde(), prior=eb.Gaussian(0.5)),
-        "`prior` must be an `eqx_bilevel.GaussianProcess`, or a dictionary",
+        r"`prior` must be an `eqx_bilevel.GaussianProcess`, or a dictionary.*got a "
+        r"Gaussian\. A kernel makes one: `GaussianProcess\(kernel\)`",
     ),
     "empty prior": (lambda: _solve(_pde(), prior={}), "`prior` must be an"),
     "kernel": (
@@ -354,7 +355,8 @@ _wrong = {
     ),
     "objective": (
         lambda: eb.learn(_prior(), data, lambda solution: 0.0),
-        "`objective` must be an `eqx_bilevel.AbstractObjective`, got a function",
+        r"`objective` must be an `eqx_bilevel.AbstractObjective`, got a function\. A "
+        r"function of the solution makes one: `eqx_bilevel.Objective\(fn\)`",
     ),
     "batches without key": (
         lambda: eb.learn(
@@ -547,12 +549,14 @@ def test_parameters_are_no_numbers():
         lambda: parameter @ jnp.ones(3),
         lambda: -parameter,
         lambda: float(parameter),
+        lambda: f"{parameter:.2f}",
         lambda: parameter > 1.0,
         lambda: parameter + parameter,
         lambda: Width(parameter)(ends[0], ends[1]),
     ):
         with pytest.raises(TypeError, match=r"no number.*`eqx_bilevel.unwrap"):
             call()
+    assert f"{parameter}" == repr(parameter)
     # With kernels they are.
     assert eb.Positive(2.0) * eb.Gaussian(1.0) == eb.Gaussian(1.0) * eb.Positive(2.0)
     assert eb.unwrap(Width(parameter))(ends[0], ends[1]) == jnp.exp(-2.0)
