@@ -63,7 +63,7 @@ class AbstractParameter(eqx.Module):
     __rmatmul__ = __neg__ = __abs__ = __float__ = _no_number
 
     def __format__(self, spec: str) -> str:
-        # `f"{parameter}"` is its `repr`; with how to write a number, it is taken for one.
+        # Who says how many digits to show takes it for a number.
         return _no_number(self) if spec else str(self)
 
     __lt__ = __le__ = __gt__ = __ge__ = _no_number

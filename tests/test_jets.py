@@ -519,7 +519,7 @@ def test_not_a_function():
         lambda u, x: abs(u),
     ],
 )
-def test_not_a_number(operator):
+def test_no_arithmetic(operator):
     with pytest.raises(TypeError, match="`u` is not a number .* use `u.value`"):
         traced(operator)
 
