@@ -21,6 +21,7 @@ from ._condition import Condition, GaussianProcess, is_concrete
 from ._fingerprint import fingerprint
 from ._gauss_newton import GaussNewton
 from ._geometry import as_key
+from ._kernels import fixed_numbers
 from ._krylov import FixedPointGMRES
 from ._last_solve import last_solve
 from ._objectives import (
@@ -36,7 +37,6 @@ from ._outer import (
     Start,
     Task,
 )
-from ._parameters import fixed_numbers
 from ._progress import Callback, Record
 from ._quasi_newton import BoundedBFGS
 from ._results import RESULTS

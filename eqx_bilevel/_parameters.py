@@ -1,5 +1,4 @@
 import abc
-import dataclasses
 import functools as ft
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -315,26 +314,6 @@ def learnable(tree: PyTree) -> PyTree[bool]:
         return eqx.is_inexact_array(node)
 
     return jtu.tree_map(mark, tree, is_leaf=lambda x: isinstance(x, Frozen))
-
-
-# Python floats in functions that have nothing to learn, be they kernels, means or what
-# these are made of, as `Class.field`: they are never learned, which whoever wrote them
-# may not know. Frozen ones were meant to be, and what is no function, as the settings
-# of a solver, has numbers for other reasons.
-def fixed_numbers(tree: Any) -> list[str]:
-    is_function = lambda x: isinstance(x, eqx.Module) and callable(x)
-    is_leaf = lambda x: is_function(x) or _is_parameter(x)
-    found = []
-    for node in jtu.tree_leaves(tree, is_leaf=is_leaf):
-        if _is_parameter(node) or not is_function(node):
-            continue
-        fields = [f for f in dataclasses.fields(node) if not f.metadata.get("static")]
-        inside = {f.name: getattr(node, f.name) for f in fields}
-        if not any(jtu.tree_leaves(learnable(node))):
-            name = type(node).__name__
-            found += [f"{name}.{k}" for k, x in inside.items() if isinstance(x, float)]
-        found += fixed_numbers(list(inside.values()))
-    return list(dict.fromkeys(found))
 
 
 @ft.singledispatch

@@ -12,7 +12,7 @@ import optax
 import optimistix as optx
 import pytest
 from eqx_bilevel import _last_solve, _runs
-from eqx_bilevel._parameters import fixed_numbers
+from eqx_bilevel._kernels import fixed_numbers
 from eqx_bilevel._solve import functions_as_pytrees
 
 
@@ -449,6 +449,8 @@ _gaussian = eb.Gaussian(0.3)
     "kernel, mean, named",
     [
         (2.0 * Fixed(0.3), None, ["Fixed.width"]),
+        (eb.Stretched(Fixed(0.3), eb.Frozen(2.0)), None, ["Fixed.width"]),
+        (eb.Stretched(Fixed(0.3), 1.0), None, []),
         (_gaussian, Trend(1.0), ["Trend.slope", "Trend.offset"]),
         (eb.Warped(_gaussian, Slope(0.5)), None, ["Slope.slope"]),
         (_gaussian, lambda x: Trend(1.0)(x), []),

@@ -18,6 +18,7 @@ from ._elementary import (
     Polynomial as Polynomial,
 )
 from ._feature import Gibbs as Gibbs, Warped as Warped
+from ._fixed import fixed_numbers as fixed_numbers
 from ._network import LengthscaleNetwork as LengthscaleNetwork
 from ._radial import (
     Gaussian as Gaussian,
