@@ -232,7 +232,7 @@ class Frozen(AbstractParameter):
         return jtu.tree_map(_stop_gradient, unwrap(self.wrapped))
 
     def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
-        return named_doc("Frozen", [_array_doc(self.wrapped, **kwargs)], **kwargs)
+        return named_doc("Frozen", [array_doc(self.wrapped, **kwargs)], **kwargs)
 
 
 Frozen.__init__.__doc__ = """**Arguments:**
@@ -435,8 +435,8 @@ def _value_doc(
     if not _is_shown(parameter.raw):
         return wl.pdoc(parameter.raw, **kwargs)
     with jax.ensure_compile_time_eval():
-        return _array_doc(parameter.value, **kwargs)
+        return array_doc(parameter.value, **kwargs)
 
 
-def _array_doc(x: Any, **kwargs) -> wl.AbstractDoc:
+def array_doc(x: Any, **kwargs) -> wl.AbstractDoc:
     return wl.TextDoc(_show(np.asarray(x))) if _is_shown(x) else wl.pdoc(x, **kwargs)
