@@ -8,10 +8,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import wadler_lindig as wl
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from ._kernels import AbstractKernel
-from ._parameters import AbstractParameter, learnable, value_of
+from ._parameters import AbstractParameter, array_doc, learnable, value_of
+from ._pretty import named_doc
 
 
 def _inexact(x: Any, name: str) -> Array:
@@ -139,6 +141,12 @@ class GaussianProcess(eqx.Module):
             _check_of_point(mean, "mean")
         self.kernel = kernel
         self.mean = mean
+
+    def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
+        # With the mean as a number, which Equinox would show as an array's shape.
+        kernel = wl.TextDoc("kernel=") + wl.pdoc(self.kernel, **kwargs)
+        mean = wl.TextDoc("mean=") + array_doc(self.mean, **kwargs)
+        return named_doc("GaussianProcess", [kernel, mean], **kwargs)
 
 
 GaussianProcess.__init__.__doc__ = """**Arguments:**

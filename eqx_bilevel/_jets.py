@@ -130,10 +130,7 @@ class Jet:
         )
 
     def __call__(self, *args):
-        raise TypeError(
-            "`u` is not a function but what an unknown function and its derivatives "
-            "are at `x`: use `u.value`, `u.d(0)`, `u.grad`, ..."
-        )
+        raise _not_a("function")
 
     def __getitem__(self, name):
         raise TypeError(
@@ -143,6 +140,25 @@ class Jet:
 
     def __repr__(self):
         return f"Jet(dim={self._dim})"
+
+
+def _not_a(kind: str) -> TypeError:
+    return TypeError(
+        f"`u` is not a {kind} but what an unknown function and its derivatives are at "
+        "`x`: use `u.value`, `u.d(0)`, `u.grad`, ..."
+    )
+
+
+def _no_number(self, *other):
+    raise _not_a("number")
+
+
+# Not in the class, where type checkers would take them for granted.
+for _name in ("add", "sub", "mul", "truediv", "pow"):
+    setattr(Jet, f"__{_name}__", _no_number)
+    setattr(Jet, f"__r{_name}__", _no_number)
+for _name in ("neg", "abs"):
+    setattr(Jet, f"__{_name}__", _no_number)
 
 
 @jtu.register_pytree_node_class

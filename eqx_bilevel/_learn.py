@@ -210,9 +210,10 @@ def learn(
     check_num_steps(max_inner_steps, "max_inner_steps")
     prior, conditions = checked(prior, conditions)
     if not isinstance(objective, AbstractObjective):
+        hint = " A function of the solution makes one: `eqx_bilevel.Objective(fn)`."
         raise ValueError(
             "`objective` must be an `eqx_bilevel.AbstractObjective`, got a "
-            f"{type(objective).__name__}."
+            f"{type(objective).__name__}.{hint if callable(objective) else ''}"
         )
     if as_data_objective(objective).batched and key is None:
         raise ValueError("`key` is needed, since the objective uses random batches.")
@@ -304,13 +305,15 @@ def _adjoint(gradient: str) -> optx.AbstractAdjoint:
     return adjoints[gradient]
 
 
+# Not of those in conditions: there a number is data, whatever its type, unless it is a
+# parameter.
 def _warn_of_fixed(prior: Any) -> None:
     numbers = fixed_numbers(prior)
     if numbers:
         shown = " and ".join(f"`{name}`" for name in numbers)
         warnings.warn(
             f"{shown} will not be learned: a Python float is a constant, and nothing "
-            "else in that kernel is learned either. Make it an array, or an "
+            "else in that module is learned either. Make it an array, or an "
             "`eqx_bilevel.Positive`; or an `eqx_bilevel.Frozen`, if it is to stay.",
             stacklevel=3,
         )

@@ -60,6 +60,11 @@ class AbstractParameter(eqx.Module):
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _no_number
     __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __matmul__ = _no_number
     __rmatmul__ = __neg__ = __abs__ = __float__ = _no_number
+
+    def __format__(self, spec: str) -> str:
+        # Who says how many digits to show takes it for a number.
+        return _no_number(self) if spec else str(self)
+
     __lt__ = __le__ = __gt__ = __ge__ = _no_number
 
 
@@ -227,7 +232,7 @@ class Frozen(AbstractParameter):
         return jtu.tree_map(_stop_gradient, unwrap(self.wrapped))
 
     def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
-        return named_doc("Frozen", [_array_doc(self.wrapped, **kwargs)], **kwargs)
+        return named_doc("Frozen", [array_doc(self.wrapped, **kwargs)], **kwargs)
 
 
 Frozen.__init__.__doc__ = """**Arguments:**
@@ -430,8 +435,8 @@ def _value_doc(
     if not _is_shown(parameter.raw):
         return wl.pdoc(parameter.raw, **kwargs)
     with jax.ensure_compile_time_eval():
-        return _array_doc(parameter.value, **kwargs)
+        return array_doc(parameter.value, **kwargs)
 
 
-def _array_doc(x: Any, **kwargs) -> wl.AbstractDoc:
+def array_doc(x: Any, **kwargs) -> wl.AbstractDoc:
     return wl.TextDoc(_show(np.asarray(x))) if _is_shown(x) else wl.pdoc(x, **kwargs)

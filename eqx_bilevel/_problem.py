@@ -121,9 +121,11 @@ def names_of(prior: Any) -> Unknowns:
         wrong = [n for n, p in prior.items() if not isinstance(p, GaussianProcess)]
         if len(wrong) == 0:
             return Unknowns(tuple(prior), single=False)
+    is_kernel = isinstance(prior, AbstractKernel)
+    hint = " A kernel makes one: `GaussianProcess(kernel)`." if is_kernel else ""
     raise ValueError(
         "`prior` must be an `eqx_bilevel.GaussianProcess`, or a dictionary of them "
-        f"with one for each unknown function, got {prior!r}."
+        f"with one for each unknown function, got a {type(prior).__name__}.{hint}"
     )
 
 

@@ -1,5 +1,6 @@
 """Objectives that judge a solution where its conditions were not imposed."""
 
+import warnings
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -67,12 +68,14 @@ class ValidationResidual(AbstractLeastSquaresObjective, AbstractDataObjective):
     def residuals(self, solution: Solution) -> Float[Array, " r"]:
         condition = self._find(solution.conditions)
         target = condition.target if self.target is None else self.target
+        if self.condition is None and self.target is None:
+            _warn_of_first(solution)
         found = solution._trace(unwrap(condition.operator), self.points)
         values = solution.apply(condition.operator, self.points)
         leaves = [
             leaf.reshape(len(self.points), -1) for leaf in jax.tree.leaves(values)
         ]
-        n, whose = len(self.points), "the validation"
+        n, whose = len(self.points), "`ValidationResidual`"
         wanted = target_array(unwrap(target), found, self.points, n, whose)
         out = (jnp.concatenate(leaves, axis=1) - wanted).reshape(-1)
         if self.misfit_weight == 0:
@@ -104,16 +107,17 @@ class ValidationResidual(AbstractLeastSquaresObjective, AbstractDataObjective):
         condition = self._find(conditions)
         if self.points.shape[1] != condition.points.shape[1]:
             raise ValueError(
-                f"The validation points have {self.points.shape[1]} dimension(s), but "
-                f"those of the conditions have {condition.points.shape[1]}."
+                f"The points of `ValidationResidual` have {self.points.shape[1]} "
+                "dimension(s), but those of the conditions have "
+                f"{condition.points.shape[1]}."
             )
         if is_concrete(self.points) and is_concrete(condition.points):
             fitted = set(map(tuple, np.asarray(condition.points).tolist()))
             if fitted.issuperset(map(tuple, np.asarray(self.points).tolist())):
                 raise ValueError(
-                    "All validation points are points of the condition itself, where "
-                    "it holds for any hyperparameters. Use other points, for instance "
-                    "with another `key`."
+                    "All points of `ValidationResidual` are points of the condition "
+                    "itself, where it holds for any hyperparameters. Use other points, "
+                    "for instance with another `key`."
                 )
 
     def pooled(self, conditions: Sequence[Condition]) -> list[Condition]:
@@ -132,11 +136,12 @@ class ValidationResidual(AbstractLeastSquaresObjective, AbstractDataObjective):
         return [more if c is condition else c for c in conditions]
 
     def _find(self, conditions: Sequence[Condition]) -> Condition:
-        condition, name = find_condition(conditions, self.condition, "The objective")
+        whose = "`ValidationResidual`"
+        condition, name = find_condition(conditions, self.condition, whose)
         if condition.quadrature is not None:
             raise ValueError(
-                f"Condition {name!r} is about averages, which are not known at points. "
-                "See `eqx_bilevel.CrossValidation`."
+                f"Condition {name!r} is about averages, which `ValidationResidual` "
+                "does not know at points. See `eqx_bilevel.CrossValidation`."
             )
         target = condition.target
         known_at = () if callable(target) else jax.tree.leaves(target)
@@ -147,6 +152,21 @@ class ValidationResidual(AbstractLeastSquaresObjective, AbstractDataObjective):
                 "`target`."
             )
         return condition
+
+
+# Almost always a slip: boundary values that are stated before the equation.
+def _warn_of_first(solution: Solution) -> None:
+    rows = sorted(solution._problem.conditions.rows, key=lambda r: r.position)
+    orders = [max((sum(i) for _, i in r.trace.jets), default=0) for r in rows]
+    highest = int(np.argmax(orders))
+    if highest > 0:
+        warnings.warn(
+            f"`ValidationResidual` is about the first condition, {rows[0].name!r}, but "
+            f"{rows[highest].name!r} has derivatives of higher order. If that is the "
+            "equation, say `ValidationResidual(points, "
+            f"{rows[highest].name!r})`; otherwise name the first one.",
+            stacklevel=3,
+        )
 
 
 def _each_point(target: Array, num_points: int) -> Array:
@@ -205,7 +225,8 @@ def hold_out(
 ValidationResidual.__init__.__doc__ = """**Arguments:**
 
 - `points`: Validation points, of shape `(n, d)`.
-- `condition`: The name of the condition. Default: the first one.
+- `condition`: The name of the condition; one without a name is `"conditions[0]"` or
+    the like. Default: the first one, with a warning if another has higher derivatives.
 
 The remaining arguments are keyword-only.
 

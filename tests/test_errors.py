@@ -241,7 +241,8 @@ _wrong = {
     ),
     "prior": (
         lambda: _solve(_pde(), prior=eb.Gaussian(0.5)),
-        "`prior` must be an `eqx_bilevel.GaussianProcess`, or a dictionary",
+        r"`prior` must be an `eqx_bilevel.GaussianProcess`, or a dictionary.*got a "
+        r"Gaussian\. A kernel makes one: `GaussianProcess\(kernel\)`",
     ),
     "empty prior": (lambda: _solve(_pde(), prior={}), "`prior` must be an"),
     "kernel": (
@@ -354,7 +355,8 @@ _wrong = {
     ),
     "objective": (
         lambda: eb.learn(_prior(), data, lambda solution: 0.0),
-        "`objective` must be an `eqx_bilevel.AbstractObjective`, got a function",
+        r"`objective` must be an `eqx_bilevel.AbstractObjective`, got a function\. A "
+        r"function of the solution makes one: `eqx_bilevel.Objective\(fn\)`",
     ),
     "batches without key": (
         lambda: eb.learn(
@@ -459,11 +461,11 @@ _wrong = {
     ),
     "validation where it was fitted": (
         lambda: eb.learn(_prior(), data, eb.ValidationResidual(ends, "ends")),
-        "All validation points are points of the condition itself",
+        "All points of `ValidationResidual` are points of the condition itself",
     ),
     "target of the validation": (
         lambda: eb.learn(_prior(), data, eb.ValidationResidual(grid, target=ends)),
-        r"target of the validation must be.*\[\(5,\)\].*got \[\(2, 1\)\]",
+        r"target of `ValidationResidual` must be.*\[\(5,\)\].*got \[\(2, 1\)\]",
     ),
     "learn inside jit": (
         lambda: jax.jit(lambda x: eb.learn(_prior(x), data, _objective()))(0.5),
@@ -547,12 +549,14 @@ def test_parameters_are_no_numbers():
         lambda: parameter @ jnp.ones(3),
         lambda: -parameter,
         lambda: float(parameter),
+        lambda: f"{parameter:.2f}",
         lambda: parameter > 1.0,
         lambda: parameter + parameter,
         lambda: Width(parameter)(ends[0], ends[1]),
     ):
         with pytest.raises(TypeError, match=r"no number.*`eqx_bilevel.unwrap"):
             call()
+    assert f"{parameter}" == repr(parameter)
     # With kernels they are.
     assert eb.Positive(2.0) * eb.Gaussian(1.0) == eb.Gaussian(1.0) * eb.Positive(2.0)
     assert eb.unwrap(Width(parameter))(ends[0], ends[1]) == jnp.exp(-2.0)

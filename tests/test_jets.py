@@ -508,6 +508,22 @@ def test_not_a_function():
         traced(lambda u, x: u(x))
 
 
+@pytest.mark.parametrize(
+    "operator",
+    [
+        lambda u, x: u**3,
+        lambda u, x: x[0] * u,
+        lambda u, x: u.laplacian - u,
+        lambda u, x: 1.0 / u,
+        lambda u, x: -u,
+        lambda u, x: abs(u),
+    ],
+)
+def test_no_arithmetic(operator):
+    with pytest.raises(TypeError, match="`u` is not a number .* use `u.value`"):
+        traced(operator)
+
+
 def test_wrong_signature():
     with pytest.raises(TypeError, match="positional argument") as error:
         traced(lambda u: u.value)

@@ -1,6 +1,7 @@
 """The outer problem, on a small one-dimensional one."""
 
 import warnings
+from typing import Any
 
 import equinox as eqx
 import eqx_bilevel as eb
@@ -11,6 +12,7 @@ import optax
 import optimistix as optx
 import pytest
 from eqx_bilevel import _last_solve, _runs
+from eqx_bilevel._kernels import fixed_numbers
 from eqx_bilevel._solve import functions_as_pytrees
 
 
@@ -404,6 +406,88 @@ def test_nothing_to_rescale():
     with pytest.warns(UserWarning, match="Stretched") as caught:
         learned = eb.learn(*args, steps=1, throw=False)
     assert len(caught) == 1 and learned.scale_search == []
+
+
+class Fixed(eb.AbstractKernel):
+    width: float
+
+    def __call__(self, x, y):
+        return jnp.exp(-jnp.sum((x - y) ** 2) / (2 * self.width**2))
+
+
+class Slope(eqx.Module):
+    slope: Any
+
+    def __call__(self, x):
+        return self.slope * x
+
+
+class Trend(eqx.Module):
+    slope: Any
+    offset: Any = 0.0
+
+    def __call__(self, x):
+        return self.slope * x[0] + self.offset
+
+
+class Settings(eqx.Module):
+    rtol: float = 1e-3
+
+
+class Helped(eqx.Module):
+    settings: Settings
+    slope: eb.AbstractParameter
+
+    def __call__(self, x):
+        return self.slope * x[0]
+
+
+_gaussian = eb.Gaussian(0.3)
+
+
+@pytest.mark.parametrize(
+    "kernel, mean, named",
+    [
+        (2.0 * Fixed(0.3), None, ["Fixed.width"]),
+        (eb.Stretched(Fixed(0.3), eb.Frozen(2.0)), None, ["Fixed.width"]),
+        (eb.Stretched(Fixed(0.3), 1.0), None, []),
+        (_gaussian, Trend(1.0), ["Trend.slope", "Trend.offset"]),
+        (eb.Warped(_gaussian, Slope(0.5)), None, ["Slope.slope"]),
+        (_gaussian, lambda x: Trend(1.0)(x), []),
+        # Who thought of one number thought of the other.
+        (_gaussian, Trend(jnp.array(1.0)), []),
+        (_gaussian, Trend(eb.Frozen(1.0), eb.Frozen(0.0)), []),
+        (_gaussian, eb.Frozen(Trend(1.0)), []),
+        (eb.Scaled(eb.Frozen(Fixed(0.3)), 2.0), None, []),
+        (_gaussian, Helped(Settings(), eb.Positive(1.0)), []),
+        (_gaussian, 1.0, []),
+    ],
+)
+def test_floats_that_stay(kernel, mean, named):
+    prior = functions_as_pytrees(eb.GaussianProcess(kernel, mean))
+    assert fixed_numbers({"u": prior, "v": _prior()}) == named
+
+
+def test_warns_of_boundary_values_before_the_equation():
+    pde, end = _conditions()
+    solution = eb.solve(_prior(), [end, pde])
+    with pytest.warns(UserWarning, match=r"`ValidationResidual\(points, 'pde'\)`"):
+        eb.ValidationResidual(validation)(solution)
+    named = eb.ValidationResidual(validation, "pde")(solution)
+    in_order = eb.solve(_prior(), [pde, end])
+    first = eb.ValidationResidual(validation)(in_order)
+    np.testing.assert_allclose(named, first, rtol=1e-6)
+    eb.ValidationResidual(validation, "ends")(solution)  # No warning.
+
+
+def test_warns_of_floats_that_stay():
+    # Of those in the prior: in a condition, numbers are data.
+    prior = eb.GaussianProcess(eb.Gaussian(0.3), Trend(1.0))
+    args = prior, _conditions(), eb.ValidationResidual(validation)
+    with pytest.warns(UserWarning, match="will not be learned") as caught:
+        eb.learn(*args, steps=1, scale_search=False, throw=False)
+    (warning,) = caught
+    assert "`Trend.slope` and `Trend.offset` will" in str(warning.message)
 
 
 def test_frozen_stays_and_coefficients_are_learned():

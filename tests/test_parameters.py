@@ -2,6 +2,7 @@ import math
 from typing import Any
 
 import equinox as eqx
+import eqx_bilevel
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -348,6 +349,25 @@ def test_repr_nested():
         text
     )
     assert "lengthscale=Positive(0.2)" in repr([kernel])
+
+
+@pytest.mark.parametrize(
+    "mean, shown",
+    [
+        (None, "None"),
+        (1.5, "1.5"),
+        (Frozen(1.0), "Frozen(1.0)"),
+        (_Kernel(0.2), "_Kernel(lengthscale=Positive(0.2), ...)"),
+    ],
+)
+def test_repr_of_a_prior(mean, shown):
+    prior = eqx_bilevel.GaussianProcess(eqx_bilevel.Gaussian(0.5), 1.0)
+    prior = eqx.tree_at(lambda p: p.mean, prior, mean)
+    text = eqx.tree_pformat(prior, width=1000)
+    start = "GaussianProcess(kernel=Gaussian(lengthscale=Positive(0.5)), mean="
+    assert text.startswith(start + shown.removesuffix(", ...)"))
+    # Of something else in its place, such as whether it is learned.
+    assert "mean=True" in repr(eqx.tree_at(lambda p: p.mean, prior, True))
 
 
 def test_repr_without_a_number():

@@ -373,6 +373,20 @@ def test_std_where_the_value_is_known():
     assert np.all(np.isfinite(by_x))
 
 
+def test_what_rounding_leaves():
+    # As the FAQ says: of a prior with a variance of one, in a domain that is covered.
+    line = eb.Box(0.0, 1.0)
+    conditions = [
+        eb.Condition(lambda u, x: -u.laplacian, line.interior(10, method="grid")),
+        eb.Condition(_value, line.boundary(2)),
+    ]
+    solution = eb.solve(eb.GaussianProcess(eb.Gaussian(1.0)), conditions)
+    std = solution.std(line.grid(51))
+    assert jnp.all((std >= 0) & (std < 1e-7))
+    # The solution is the prior's mean.
+    assert solution.stats["rkhs_norm"] == 0
+
+
 #
 # Save and load
 #

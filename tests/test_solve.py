@@ -5,7 +5,9 @@ import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 import pytest
+from scipy.integrate import solve_bvp
 
 from .helpers import (
     Arctan,
@@ -405,3 +407,34 @@ def test_automatic_nugget_is_raised():
 
 def test_no_jitter_where_it_is_not_needed():
     assert solved("mild")[0].stats["jitter"] == 0
+
+
+@pytest.mark.parametrize(
+    "mean, initial, lowest",
+    [(None, None, -0.33), (1.0, None, 0.80), (None, lambda x: 1.0, 0.80)],
+)
+def test_which_of_several_solutions(mean, initial, lowest):
+    # The example of the FAQ.
+    line = eb.Box(-1.0, 1.0)
+    conditions = [
+        eb.Condition(
+            lambda u, x: -0.1 * u.laplacian - u.value * (1 - u.value),
+            line.interior(30, method="grid"),
+        ),
+        eb.Condition(
+            lambda u, x: u.grad @ line.normal(x) + 2 * u.value, line.boundary(2), 1.0
+        ),
+    ]
+    prior = eb.GaussianProcess(eb.Gaussian(0.5), mean)
+    found = np.asarray(eb.solve(prior, conditions, initial=initial)(line.grid(41)))
+    x = np.linspace(-1, 1, 41)
+    reference = solve_bvp(
+        lambda x, y: np.stack([y[1], -10 * y[0] * (1 - y[0])]),
+        lambda a, b: np.array([-a[1] + 2 * a[0] - 1, b[1] + 2 * b[0] - 1]),
+        x,
+        np.stack([found, np.gradient(found, x)]),
+        tol=1e-8,
+    )
+    assert reference.success
+    assert np.max(np.abs(found - reference.sol(x)[0])) < 1e-5
+    assert abs(found.min() - lowest) < 5e-3

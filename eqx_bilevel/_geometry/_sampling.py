@@ -24,10 +24,17 @@ def is_traced(x: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jtu.tree_leaves(x))
 
 
+_NO_GRID = (
+    " Only a box has regular grids. To get one inside another domain, take the points "
+    "of `Box(*domain.bounds).grid(n)` at which `domain.contains` is true."
+)
+
+
 def check_method(method: str, methods: tuple[str, ...]) -> None:
     if method not in methods:
         legal = ", ".join(repr(m) for m in methods)
-        raise ValueError(f"`method` must be one of {legal}, got {method!r}.")
+        hint = _NO_GRID if method == "grid" else ""
+        raise ValueError(f"`method` must be one of {legal}, got {method!r}.{hint}")
 
 
 def required_key(key: PRNGKeyArray | None, method: str) -> PRNGKeyArray:
