@@ -12,7 +12,15 @@ from jaxtyping import Array, Float, PyTree
 
 from .._condition import Condition
 from .._gram import Block, variances
-from .._linearised import join, linearise, Linearised, noise_variances, prior_z, split
+from .._linearised import (
+    join,
+    linearise,
+    Linearised,
+    noise,
+    noise_variances,
+    prior_z,
+    split,
+)
 from .._problem import Problem
 from .._system import AbstractPosterior, AbstractSystem, Regression, usable
 from ._factor import covariance_product, factorise, Prior, SparseFactor
@@ -112,7 +120,9 @@ class SparseCholesky(AbstractSystem):
         unit = _deviations(problem, linearised, gamma)
         good = usable(weights, z, (remainder / unit, rhs / unit), (rounding, z))
         z = prior_z(problem) + z
-        return Regression(factor, weights, gamma, z, rounding, good, num_steps)
+        return Regression(
+            factor, weights, noise(problem, jitter), z, rounding, good, num_steps
+        )
 
     def solve(self, problem, linearised, jitter, factor, vector):
         gamma, layout = noise_variances(problem, jitter), self.plan.layout
