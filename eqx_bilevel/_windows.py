@@ -269,10 +269,10 @@ def _solve_windows(
     weight = unwrap(conditions[position].weight)
     statics = []
 
-    def step(carry, index):
+    def step(carry, passed):
         known, z = carry
         covariance = known.covariance if weight is None else weight * known.covariance
-        stated = [_moved(c, index * length, axis) for c in conditions]
+        stated = [_moved(c, passed, axis) for c in conditions]
         stated[position] = eqx.tree_at(
             lambda c: (c.operator, c.target, c.noise, c.nugget),
             stated[position],
@@ -280,7 +280,7 @@ def _solve_windows(
             is_leaf=lambda x: x is None,
         )
         problem, own_fault = sanitised(*unwrap((prior, stated)))
-        anew = (index == 0) | jnp.invert(all_finite(z))
+        anew = (passed == 0) | jnp.invert(all_finite(z))
         solution = solve_problem(
             prior,
             stated,
@@ -301,7 +301,8 @@ def _solve_windows(
         return (_read(solution, end), without_gradient(solution._z)), arrays
 
     start = known, prior_z(problem)
-    _, arrays = jax.lax.scan(step, start, jnp.arange(num_windows))
+    passed = jnp.arange(num_windows, dtype=length.dtype) * length
+    _, arrays = jax.lax.scan(step, start, passed)
     solutions = eqx.combine(arrays, statics[0])
     begin = conditions[position].points[0, axis]
     windows = Windows(solutions, begin, length, axis)
@@ -313,7 +314,7 @@ def _solve_windows(
 
 def _moved(condition: Condition, time, axis: int) -> Condition:
     points = condition.points
-    moved = points.at[:, axis].add(time.astype(points.dtype))
+    moved = points.at[:, axis].add(time)
     return eqx.tree_at(lambda c: c.points, condition, moved)
 
 
