@@ -332,4 +332,28 @@ def _read(solution: Solution, at: Condition) -> _Known:
     operator = unwrap(at.operator)
     values = solution.apply(operator, at.points)
     covariance = solution._covariance([solution._block(operator, at.points)])
-    return _Known(values, covariance)
+    return _Known(values, _positive(covariance))
+
+
+@jax.custom_jvp
+def _positive(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:
+    # Without its negative eigenvalues. They are rounding errors, but grow from window
+    # to window where the prior says as little.
+    values, vectors = jnp.linalg.eigh(matrix)
+    return (vectors * jnp.maximum(values, 0)[None, :]) @ vectors.T
+
+
+@_positive.defjvp
+def _(primals, tangents):
+    # Not by the eigenvectors' derivatives, which are infinite where values are equal.
+    # By the divided differences of max(x, 0) (Daleckii and Krein).
+    values, vectors = jnp.linalg.eigh(primals[0])
+    positive = jnp.maximum(values, 0)
+    gap = values[:, None] - values[None, :]
+    kept = (values > 0).astype(values.dtype)
+    both = 0.5 * (kept[:, None] + kept[None, :])
+    differ = kept[:, None] != kept[None, :]
+    slope = (positive[:, None] - positive[None, :]) / jnp.where(differ, gap, 1)
+    slope = jnp.where(differ, slope, both)
+    change = vectors @ (slope * (vectors.T @ tangents[0] @ vectors)) @ vectors.T
+    return (vectors * positive[None, :]) @ vectors.T, change

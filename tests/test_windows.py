@@ -59,48 +59,56 @@ def heat(end, num_times):
     return stated(equation, initial, end, num_times, 14, heat_exact)
 
 
-smooth = eb.GaussianProcess(eb.Gaussian(jnp.array([1.0, 0.6])))
+def smooth_in(*lengthscales):
+    return eb.GaussianProcess(eb.Scaled(eb.Gaussian(jnp.array(lengthscales)), 4.0))
+
+
+smooth = smooth_in(0.5, 0.5)
 
 
 def test_heat():
     length, num = 0.2, 20
     windows = in_windows(smooth, heat(length, 5), num, length)
     assert windows.num_windows == num and windows.result == eb.RESULTS.successful
-    x = grid(jnp.linspace(0.0, num * length, 33), jnp.linspace(-0.95, 0.95, 11))
+    x = grid(jnp.linspace(0.05, num * length, 33), jnp.linspace(-0.95, 0.95, 11))
     truth = jax.vmap(heat_exact)(x)
-    errors = jnp.abs(windows(x) - truth)
-    assert jnp.max(errors) < 2e-4
-    # Where all is known but for rounding, so are error bars.
-    assert jnp.mean(errors < 2 * windows.std(x) + 1e-6) > 0.95
-    # A single solve of all the time is as good.
-    whole = eb.solve(smooth, heat(num * length, 4 * num + 1))
-    assert relative_error(windows(x), whole(x)) < 1e-4
-    # Time as any coordinate.
+    errors, std = jnp.abs(windows(x) - truth), windows.std(x)
+    assert jnp.max(errors) < 1e-4
+    assert jnp.all(errors < 2 * std) and jnp.max(std) < 2e-4
+    # A single solve of half of that time is as good.
+    whole = eb.solve(smooth, heat(2.0, 41))
+    x = x[x[:, 0] < 2]
+    truth = jax.vmap(heat_exact)(x)
+    errors = [jnp.max(jnp.abs(found(x) - truth)) for found in (windows, whole)]
+    assert 0.5 < errors[0] / errors[1] < 2
+    # What is open between the points of different windows counts as independent, so
+    # that error bars are smaller after some time.
+    x = x[x[:, 0] > 1]
+    ratio = windows.std(x) / whole.std(x)
+    assert 0.4 < jnp.min(ratio) and jnp.max(ratio) < 1.5
+
+
+def test_time_as_another_coordinate():
     swap = lambda x: x[..., ::-1]
-    swapped = eb.solve_windows(
-        eb.GaussianProcess(eb.Gaussian(jnp.array([0.6, 1.0]))),
-        [
-            eb.Condition(
-                lambda u, x: u.d(1) - 0.1 * (1 + jnp.sin(3 * x[1])) * u.d(0, 0),
-                swap(equation.points),
-                lambda x: heat_source(x[::-1]),
-                name="equation",
-            )
-            if (equation := condition).name == "equation"
-            else eb.Condition(
-                value,
-                swap(condition.points),
-                lambda x: heat_exact(x[::-1]),
-                name=condition.name,
-            )
-            for condition in heat(length, 5)
-        ],
-        initial_condition="start",
-        num_windows=num,
-        length=length,
-        axis=1,
-    )
-    assert relative_error(swapped(swap(x)), windows(x)) < 1e-5
+
+    class Swapped(eqx.Module):
+        def __call__(self, u, x):
+            return u.d(1) - 0.1 * (1 + jnp.sin(3 * x[1])) * u.d(0, 0)
+
+    conditions = heat(0.2, 4)
+    swapped = [
+        eb.Condition(
+            Swapped() if c.name == "equation" else value,
+            swap(c.points),
+            lambda x, c=c: c.target(x[::-1]),
+            name=c.name,
+        )
+        for c in conditions
+    ]
+    one = in_windows(smooth_in(0.6, 0.4), conditions, 3, 0.2)
+    other = in_windows(smooth_in(0.4, 0.6), swapped, 3, 0.2, axis=1)
+    x = grid(jnp.linspace(0.05, 0.6, 5), jnp.linspace(-0.9, 0.9, 5))
+    assert relative_error(other(swap(x)), one(x)) < 1e-6
 
 
 def test_which_window_answers():
@@ -132,14 +140,14 @@ def test_one_scan():
         return Heat()(u, x)
 
     counts = []
-    for num in (2, 7):
+    for num in (2, 3, 7):
         conditions = heat(0.2, 4)
         where = lambda c: c[0].operator
         conditions = eqx.tree_at(where, conditions, operator)
         before = len(calls)
         in_windows(smooth, conditions, num, 0.2)
         counts.append(len(calls) - before)
-    assert counts[0] == counts[1] > 0
+    assert counts[1] == counts[2] > 0  # The first also prepares what is used again.
 
 
 #
@@ -173,12 +181,12 @@ def test_burgers():
     assert jnp.all(errors < 2 * std)
     means = jnp.mean(std.reshape(5, -1), axis=1)
     assert jnp.all(jnp.diff(means) > 0) and means[-1] < 5e-3
-    # Of a single solve, as far as that is possible, they are the same.
+    # They are not much smaller than those of a single solve, which knows more.
     whole = eb.solve(prior, burgers(3 * length, 13, 61))
     x = grid(jnp.array([0.12, 0.21, 0.3]), x)
     assert jnp.max(jnp.abs(windows(x) - whole(x))) < 2e-4
     ratio = windows.std(x) / whole.std(x)
-    assert 0.8 < jnp.min(ratio) and jnp.max(ratio) < 1.25
+    assert 0.7 < jnp.min(ratio) and jnp.max(ratio) < 1.1
     # Each window starts close to where it ends.
     assert jnp.max(windows.stats["num_steps"][1:]) <= windows.stats["num_steps"][0]
 
@@ -200,13 +208,14 @@ def test_gradient(adjoint):
         windows = in_windows(prior, conditions, 3, 0.2, tight, adjoint=adjoint)
         return jnp.sum(windows(x) ** 2) + 100 * jnp.sum(windows.std(x))
 
-    theta = jnp.log(jnp.array([0.7, 0.5, 1e-6]))
+    theta = jnp.log(jnp.array([0.7, 0.5, 1e-5]))
     gradient = jax.jit(jax.grad(loss))(theta)
     compiled = jax.jit(loss)
     for i in range(3):
-        step = jnp.zeros(3).at[i].set(1e-4)
-        difference = (compiled(theta + step) - compiled(theta - step)) / 2e-4
-        assert jnp.abs(gradient[i] - difference) < 1e-5 * jnp.abs(difference) + 1e-7
+        step = jnp.zeros(3).at[i].set(2e-3)
+        central = lambda h: compiled(theta + h) - compiled(theta - h)
+        difference = (8 * central(step) - central(2 * step)) / (12 * 2e-3)
+        assert jnp.abs(gradient[i] - difference) < 1e-5 * jnp.abs(difference)
 
 
 #
@@ -230,33 +239,32 @@ def wave_exact(x):
 def test_wave():
     # With measured initial data: many draws of their errors.
     length, num, noise = 0.25, 12, 0.02
-    read = lambda x: jnp.stack(
-        [wave_exact(x), jax.grad(wave_exact)(x)[0]],
-    )
-    prior = eb.GaussianProcess(eb.Gaussian(jnp.array([0.8, 0.6])))
-    base = stated((Wave(), 0.0), (value_and_velocity, 0.0), length, 5, 15, noise=noise)
+    read = lambda x: jnp.stack([wave_exact(x), jax.grad(wave_exact)(x)[0]])
+    prior = smooth_in(0.5, 0.4)
+    base = stated((Wave(), 0.0), (value_and_velocity, 0.0), length, 7, 21, noise=noise)
     known = jax.vmap(read)(base[2].points)
     draws = noise * jax.random.normal(jax.random.key(0), (24, *known.shape))
-    x = grid(jnp.array([0.2, 1.1, 2.9]), jnp.linspace(-0.8, 0.8, 6))
+    x = grid(jnp.array([0.2, 1.4, 2.9]), jnp.linspace(-0.8, 0.8, 6))
 
     def solved(error):
         at = [known[:, i] + error[:, i] for i in range(2)]
         initial = value_and_velocity, at
-        conditions = stated((Wave(), 0.0), initial, length, 5, 15, noise=noise)
+        conditions = stated((Wave(), 0.0), initial, length, 7, 21, noise=noise)
         windows = in_windows(prior, conditions, num, length)
         return windows(x), windows.std(x)
 
     found, std = jax.jit(jax.vmap(solved))(draws)
-    scores = (found - jax.vmap(wave_exact)(x)) / std
+    scores = (found - jax.vmap(wave_exact)(x)[None]) / std
     spread = jnp.sqrt(jnp.mean(scores.reshape(24, 3, 6) ** 2, axis=(0, 2)))
     assert jnp.all((0.75 < spread) & (spread < 1.25))
     assert 0.003 < jnp.min(std) and jnp.max(std) < 0.04
     # As in a single solve of all the time.
     initial = value_and_velocity, [known[:, 0], known[:, 1]]
-    conditions = stated((Wave(), 0.0), initial, 3.0, 49, 15, noise=noise)
+    conditions = stated((Wave(), 0.0), initial, 1.5, 37, 21, noise=noise)
     whole = eb.solve(prior, conditions)
-    ratio = std[0] / whole.std(x)
-    assert 0.85 < jnp.min(ratio) and jnp.max(ratio) < 1.18
+    x = x[:12]
+    ratio = std[0, :12] / whole.std(x)
+    assert 0.9 < jnp.min(ratio) and jnp.max(ratio) < 1.1
 
 
 #
