@@ -45,8 +45,8 @@ def _take_noise(noise: Any, n: int, chosen: Int[Array, " k"]) -> Array:
     if noise.ndim == 1:
         return noise[chosen]
     q = len(noise) // n
-    rows = (q * chosen[:, None] + jnp.arange(q)).reshape(-1)
-    return noise[rows[:, None], rows]
+    rows = (q * chosen[:, None] + jnp.arange(q)[None, :]).reshape(-1)
+    return noise[rows][:, rows]
 
 
 def restored(
@@ -58,7 +58,8 @@ def restored(
         target = new.target if callable(new.target) else old.target
         where = lambda c: (c.points, c.target)
         new = eqx.tree_at(where, new, (old.points, target))
-        if np.ndim(value_of(old.noise)) > 0:
+        is_data = not isinstance(old.noise, AbstractParameter)
+        if is_data and np.ndim(old.noise) > 0:
             new = eqx.tree_at(lambda c: c.noise, new, old.noise)
         out.append(new)
     return out

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import pytest
+from eqx_bilevel._subset import restored, thinned
 
 from .helpers import (
     Arctan,
@@ -478,3 +479,36 @@ def test_automatic_nugget_is_raised():
 
 def test_no_jitter_where_it_is_not_needed():
     assert solved("mild")[0].stats["jitter"] == 0
+
+
+def test_noise_at_fewer_points():
+    each = jnp.linspace(0.1, 0.6, 6)
+    pairs = lambda u, x: [u.value, u.d(0)]
+    conditions = [
+        eb.Condition(value, observed, targets, noise=each),
+        eb.Condition(pairs, observed, noise=correlated(12)),
+    ]
+    fewer = thinned(conditions, 6)
+    chosen = jnp.searchsorted(observed[:, 0], fewer[0].points[:, 0])
+    assert len(chosen) == 3
+    assert jnp.array_equal(fewer[0].noise, each[chosen])
+    blocks = correlated(12).reshape(6, 2, 6, 2)[chosen][:, :, chosen]
+    assert jnp.array_equal(fewer[1].noise, blocks.reshape(6, 6))
+    for new, old in zip(restored(fewer, conditions), conditions):
+        assert eqx.tree_equal(new, old)
+    learned = eb.Condition(value, observed, targets, noise=eb.Positive(each))
+    with pytest.raises(ValueError, match="`noise` that is learned must be one number"):
+        thinned([learned], 3)
+
+
+def test_wrong_noise():
+    prior = eb.GaussianProcess(eb.Matern(0.3, nu=3.5))
+    sparse = eb.GaussNewton(linear_solver=eb.SparseCholesky())
+    condition = eb.Condition(value, observed, targets, noise=correlated(6), name="a")
+    with pytest.raises(ValueError, match="The `noise` of condition 'a' is a matrix"):
+        eb.solve(prior, [condition], sparse)
+    for noise in (-jnp.ones(6), jnp.full((6, 6), jnp.nan)):
+        with pytest.raises(ValueError, match="`noise` must be finite and positive"):
+            eb.Condition(value, observed, targets, noise=noise)
+    with pytest.raises(ValueError, match="an array of them or a matrix"):
+        eb.Condition(value, observed, targets, noise=jnp.ones((1, 1, 1)))
