@@ -80,6 +80,7 @@ from ._uncertainty import (
 )
 from ._validation import hold_out as hold_out, ValidationResidual as ValidationResidual
 from ._whitened import solve_whitened as solve_whitened
+from ._windows import solve_windows as solve_windows, Windows as Windows
 
 
 __version__ = _version("eqx_bilevel")

@@ -20,7 +20,7 @@ from ._linearised import (
     join,
     linearise,
     Linearised,
-    noise_variances,
+    noise,
     prior_z,
     separate,
 )
@@ -88,7 +88,8 @@ def _optimality(root: Root, residual, inputs) -> Root:
     linearised = linearise(problem, z)
     system = _system(inputs)
     applied, changes = system.changes(problem, linearised, state.factor, weights)
-    misfit = applied + noise_variances(problem, state.jitter) * weights - linearised.rhs
+    added = noise(problem, state.jitter).mv(weights)
+    misfit = applied + added - linearised.rhs
     return Root(z - prior_z(problem) - changes, misfit)
 
 

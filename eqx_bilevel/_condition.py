@@ -91,6 +91,24 @@ def _number(x: Any, name: str, zero: bool) -> Any:
     return x
 
 
+def _noise(x: Any) -> Any:
+    # Standard deviations, or a covariance matrix.
+    if x is None or isinstance(x, AbstractParameter) or jnp.ndim(x) == 0:
+        return _number(x, "noise", zero=False)
+    x = _inexact(x, "noise")
+    if x.ndim > 2:
+        raise ValueError(
+            "`noise` must be a number, an array of them or a matrix, got shape "
+            f"{x.shape}."
+        )
+    if is_concrete(x):
+        value = np.asarray(x)
+        positive = np.diagonal(value) if x.ndim == 2 else value
+        if not (np.all(np.isfinite(value)) and np.all(positive > 0)):
+            raise ValueError("`noise` must be finite and positive.")
+    return x
+
+
 def _quadrature(points: Any, weights: Any) -> tuple[Array, Array | None]:
     if weights is None:
         return as_points(points), None
@@ -185,7 +203,7 @@ class Condition(eqx.Module):
     operator: Callable
     points: Float[Array, "_ d"]
     target: PyTree
-    noise: AbstractParameter | Float[Array, ""] | None
+    noise: AbstractParameter | Float[Array, "..."] | None
     nugget: AbstractParameter | Float[Array, ""] | None
     weight: AbstractParameter | Float[Array, ""] | None
     reference: Callable | Mapping[str, Callable] | None
@@ -224,7 +242,7 @@ class Condition(eqx.Module):
         self.operator = operator
         self.points = points
         self.target = as_target(target)
-        self.noise = _number(noise, "noise", zero=False)
+        self.noise = _noise(noise)
         self.nugget = _number(nugget, "nugget", zero=True)
         self.weight = _number(weight, "weight", zero=False)
         self.reference = reference
@@ -252,7 +270,9 @@ Condition.__init__.__doc__ = """**Arguments:**
 
 The remaining arguments are keyword-only.
 
-- `noise`: The standard deviation of the target's error, in its units.
+- `noise`: The standard deviation of the target's error, in its units: one number, or
+    an array of shape `(n,)`. For errors that are not independent, the covariance matrix
+    of all targets, those of the first point first.
 - `nugget`: A relative variance: it is multiplied by the mean prior variance of this
     condition's linearised operator. If neither is given then the nugget is chosen by
     [`eqx_bilevel.solve`][], as small as rounding allows.

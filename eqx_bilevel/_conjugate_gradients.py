@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
-from ._gram import variances
+from ._gram import Noise, variances
 from ._linearised import Linearised, prior_z
 from ._problem import Problem
 from ._system import Regression, usable
@@ -17,7 +17,7 @@ from ._system import Regression, usable
 class ConjugateGradients(NamedTuple):
     # For G = phi k phi^T + Gamma, in units of each condition's standard deviation: only
     # then does one tolerance mean the same for all.
-    gamma: Float[Array, " M"]
+    noise: Noise  # Gamma
     deviations: Float[Array, " M"]
     precondition: Callable[[Array], Array]
     rtol: float
@@ -37,7 +37,7 @@ class ConjugateGradients(NamedTuple):
 
         def scaled(w):
             w = w * weight_unit
-            return (product(w) + self.gamma * w) / unit
+            return (product(w) + self.noise.mv(w)) / unit
 
         inner = lambda r: self.precondition(r * unit) / weight_unit
         options: dict[str, Any] = dict(
@@ -65,21 +65,23 @@ class ConjugateGradients(NamedTuple):
         rhs = linearised.rhs
         weights, num_steps = self.solve(product, rhs, start)
         applied, z = changes(weights)
-        remainder = rhs - applied - self.gamma * weights
+        remainder = rhs - applied - self.noise.mv(weights)
         _, rounding = changes(self.precondition(remainder))
         small_and_large = remainder / self.deviations, rhs / self.deviations
         good = usable(weights, z, small_and_large, (rounding, z))
         good = good & (num_steps < self.max_steps)
         z = prior_z(problem) + z
-        return Regression(factor, weights, self.gamma, z, rounding, good, num_steps)
+        return Regression(factor, weights, self.noise, z, rounding, good, num_steps)
 
 
 _WEIGHT_UNIT = 1e-12
 
 
-def deviations(problem: Problem, linearised: Linearised, gamma) -> Float[Array, " M"]:
+def deviations(
+    problem: Problem, linearised: Linearised, noise: Noise
+) -> Float[Array, " M"]:
     prior = variances(problem.kernels, linearised.functionals)
-    return jnp.sqrt(jax.lax.stop_gradient(prior + gamma))
+    return jnp.sqrt(jax.lax.stop_gradient(prior + noise.diagonal))
 
 
 def _operator(product: Callable, like: Array) -> lx.FunctionLinearOperator:

@@ -58,9 +58,9 @@ def _line_search(problem, linearised, start, regression):
     # The next iterate, between this one and the minimiser of the linearised problem. It
     # costs O(M): along this line everything in the objective (1) is known without the
     # kernel, since |v|^2 = w^T phi v for v = k phi^T w, and phi v = rhs - Gamma w.
-    w, gamma, rhs = regression.weights, regression.gamma, linearised.rhs
+    w, noise, rhs = regression.weights, regression.noise, linearised.rhs
     slope = lambda z: slope_product(problem, linearised, z - prior_z(problem))
-    applied = rhs - gamma * w
+    applied = rhs - noise.mv(w)
     linear = applied - slope(regression.z)
     end = _Iterate(regression.z, linear, w @ applied, jnp.array(True))
     inner = w @ (slope(start.z) + start.linear)
@@ -68,7 +68,7 @@ def _line_search(problem, linearised, start, regression):
     def objective(step):
         at = _move(start, end, inner, step)
         misfit = residuals(problem, at.z, at.linear)
-        return 0.5 * (at.norm + jnp.sum(misfit**2 / gamma))
+        return 0.5 * (at.norm + jnp.sum(noise.whiten(misfit) ** 2))
 
     sizes = 0.5 ** jnp.arange(_NUM_STEP_SIZES, dtype=w.dtype)
     values = jax.vmap(objective)(sizes)

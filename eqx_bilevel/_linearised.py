@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._gram import Block, covariance_product
+from ._gram import Block, covariance_product, Noise
 from ._jets import linearise as linearise_operator, nonlinear_part
-from ._problem import Problem
+from ._problem import Problem, Rows
 
 
 def flat(parts: Iterable[Array]) -> Array:
@@ -163,12 +163,21 @@ def _jets(problem: Problem) -> tuple[Block, ...]:
     return _merge([r.jets for r in problem.rows])
 
 
+def noise(problem: Problem, jitter: Float[Array, ""]) -> Noise:
+    # Gamma
+    return Noise(tuple(_noise(r, jitter * r.scale) for r in problem.rows))
+
+
+def _noise(r: Rows, added: Float[Array, ""]) -> Array:
+    if r.variance.ndim == 2:
+        return r.variance + added * jnp.eye(r.target.size, dtype=added.dtype)
+    each = r.variance[:, None] if r.variance.ndim == 1 else r.variance
+    return jnp.broadcast_to(each + added, r.target.shape).reshape(-1)
+
+
 def noise_variances(problem: Problem, jitter: Float[Array, ""]) -> Float[Array, " M"]:
-    # The diagonal of Gamma.
-    return flat(
-        jnp.broadcast_to(r.variance + jitter * r.scale, r.target.shape)
-        for r in problem.rows
-    )
+    # Its diagonal.
+    return noise(problem, jitter).diagonal
 
 
 def slope_product(problem: Problem, linearised: Linearised, dz: Float[Array, " N"]):

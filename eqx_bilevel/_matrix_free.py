@@ -1,18 +1,21 @@
 """Linear systems without a matrix, for kernels that are as they are."""
 
+import functools as ft
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._conjugate_gradients import ConjugateGradients, deviations
-from ._gram import GramOperator
+from ._gram import covariance_product
 from ._linearised import (
     embed,
     jacobian_product,
     jet_products,
     linearise,
     Linearised,
+    noise,
     noise_variances,
     prior_z,
     select,
@@ -87,14 +90,13 @@ class MatrixFree(AbstractKernelSystem):
         return low_rank(problem.kernels, linearised.functionals, gamma, self.rank)
 
     def _iteration(self, problem, linearised, jitter, factor) -> ConjugateGradients:
-        gamma = noise_variances(problem, jitter)
-        units = deviations(problem, linearised, gamma)
-        return ConjugateGradients(gamma, units, factor, self.rtol, self.max_steps)
+        added = noise(problem, jitter)
+        units = deviations(problem, linearised, added)
+        return ConjugateGradients(added, units, factor, self.rtol, self.max_steps)
 
     def _product(self, problem, linearised):
-        none = jnp.zeros(problem.size, problem.dtype)
-        operator = GramOperator(problem.kernels, linearised.functionals, none)
-        return operator.mv
+        functionals = linearised.functionals
+        return ft.partial(covariance_product, problem.kernels, functionals, functionals)
 
 
 MatrixFree.__init__.__doc__ = """**Arguments:**

@@ -37,7 +37,7 @@ class Rows(eqx.Module):
     quadrature: Float[Array, " n"] | None
     mean: Float[Array, "n p"]  # the prior mean's jets
     sides: dict[str, Any]  # what the kernels compute of each point on its own
-    variance: Float[Array, ""]  # Gamma is `variance + jitter * scale`
+    variance: Float[Array, "..."]  # Gamma is this, and jitter times `scale`
     scale: Float[Array, ""]
     trace: Trace = eqx.field(static=True)
     unknowns: Unknowns = eqx.field(static=True)
@@ -176,6 +176,7 @@ def trace_conditions(prior: Any, conditions: Sequence[Condition]) -> list[Trace]
             )
         traces.append(trace_operator(condition.operator, unknowns, dim, dtype, name))
         _check_smoothness(_kernels(prior), traces[-1], name)
+        _check_noise(condition, traces[-1], name)
     _check_names([condition_name(c, i) for i, c in enumerate(conditions)])
     _check_shapes(prior, dim, dtype)
     used = {unknown for t in traces for unknown, _ in t.jets}
@@ -231,6 +232,19 @@ def _check_smoothness(kernels, trace: Trace, name: str) -> None:
                 f"{sum(index)}, but functions with kernel {type(kernel).__name__} have "
                 f"only {smoothness(kernel)}. Use a smoother kernel."
             )
+
+
+def _check_noise(condition: Condition, trace: Trace, name: str) -> None:
+    if condition.noise is None:
+        return
+    shape, n = jnp.shape(value_of(condition.noise)), condition.num_targets
+    legal = (), (n,), (n * trace.size, n * trace.size)
+    if shape not in legal:
+        raise ValueError(
+            f"The `noise` of condition {name!r} must be a number, an array of shape "
+            f"{legal[1]} with one for each point, or a covariance matrix of shape "
+            f"{legal[2]}, got shape {shape}."
+        )
 
 
 def build(prior, conditions: Sequence[Condition]) -> Problem:
@@ -378,6 +392,8 @@ def _variance(condition: Condition, scale) -> tuple[Array, Array]:
     # What is given, and what jitter multiplies.
     weight = 1.0 if condition.weight is None else value_of(condition.weight)
     if condition.noise is not None:
-        return value_of(condition.noise) ** 2 / weight, scale / weight
+        noise = value_of(condition.noise)
+        variance = noise if jnp.ndim(noise) == 2 else noise**2
+        return variance / weight, scale / weight
     nugget = 0.0 if condition.nugget is None else value_of(condition.nugget)
     return nugget * scale / weight, scale / weight

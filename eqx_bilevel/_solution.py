@@ -24,7 +24,7 @@ from ._jets import (
     trace,
 )
 from ._left_out import Errors, folds_of, left_out, predicted, rows_of
-from ._linearised import block_product, curvatures, Linearised, noise_variances
+from ._linearised import block_product, curvatures, Linearised, noise
 from ._parameters import unwrap
 from ._pretty import named_doc
 from ._problem import find_condition, jets_of, mean_functions, names_of, Problem
@@ -236,12 +236,12 @@ class Solution(eqx.Module):
 
     def _misfits(self) -> Float[Array, " r"]:
         # Of the conditions that hold exactly, linearised: target minus operator.
-        noise = noise_variances(self._problem, self.stats["jitter"])
+        misfits = noise(self._problem, self.stats["jitter"]).mv(self.weights)
         exact = [
             np.full(r.target.size, self.conditions[r.position].noise is None)
             for r in self._problem.rows
         ]
-        return (noise * self.weights)[np.concatenate(exact)]
+        return misfits[np.concatenate(exact)]
 
     def _predicted(self, names: Sequence[str]) -> Errors:
         # The targets of these conditions, from all others.
@@ -274,17 +274,27 @@ class Solution(eqx.Module):
         change = self._system.jets(*self._at, self.weights, tuple(jets), x)
         return jets_of(mean_functions(unwrap(self.prior)), jets, x) + change
 
-    def _linearised_block(self, operator, x) -> Block:
+    def _number_block(self, operator, x) -> Block:
         operator = unwrap(operator)
-        found = self._trace(operator, x)
-        if found.shapes != ((),):
+        shapes = self._trace(operator, x).shapes
+        if shapes != ((),):
             raise ValueError(
                 "`operator` must return one number here, but it returned arrays of "
-                f"shapes {list(found.shapes)}."
+                f"shapes {list(shapes)}."
             )
+        return self._block(operator, x)
+
+    def _block(self, operator, x) -> Block:
+        # The functionals of an operator, linearised at the solution.
+        found = self._trace(operator, x)
         z = self._jets(found.jets, x)[:, jnp.array(found.nonlinear, int)]
         at = lambda z, x: linearise_operator(operator, self._unknowns, found, z, x)[0]
         return Block(x, jax.vmap(at)(z, x), found.jets)
+
+    def _covariance(self, blocks: Sequence[Block]) -> Float[Array, "m m"]:
+        before, rows = self._system.covariances(*self._at, tuple(blocks), joint=True)
+        posterior = before - rows @ jax.vmap(self._solve)(rows).T
+        return 0.5 * (posterior + posterior.T)
 
     @property
     def _at(self):
@@ -366,7 +376,7 @@ def _residuals(solution: Solution):
 
 @eqx.filter_jit
 def _std(solution: Solution, operator, x):
-    blocks = (solution._linearised_block(operator, x),)
+    blocks = (solution._number_block(operator, x),)
     before, rows = solution._system.covariances(*solution._at, blocks, joint=False)
     solved = jax.vmap(solution._solve)(rows)
     variance = before - jnp.sum(rows * solved, axis=1)
@@ -379,11 +389,9 @@ def _std(solution: Solution, operator, x):
 
 @eqx.filter_jit
 def _covariance(solution: Solution, operators, x):
-    blocks = tuple(solution._linearised_block(op, x) for op in operators.values())
-    before, rows = solution._system.covariances(*solution._at, blocks, joint=True)
-    solved = jax.vmap(solution._solve)(rows)
-    posterior = before - rows @ solved.T
-    return 0.5 * (posterior + posterior.T)
+    return solution._covariance(
+        [solution._number_block(op, x) for op in operators.values()]
+    )
 
 
 @eqx.filter_jit

@@ -17,7 +17,7 @@ from ._closure import function_as_pytree
 from ._condition import Condition, GaussianProcess, is_concrete
 from ._gauss_newton import GaussNewton, Root
 from ._kernels import smoothness
-from ._linearised import linearise, noise_variances, prior_z
+from ._linearised import linearise, noise, noise_variances, prior_z
 from ._matrix_free import MatrixFree
 from ._parameters import unwrap
 from ._problem import (
@@ -94,6 +94,19 @@ def solve(
     same point twice. A runtime error if the solve fails numerically and `throw` is
     true.
     """
+    check_solver(solver, adjoint)
+    check_num_steps(max_steps, "max_steps")
+    prior, conditions = checked(prior, conditions)
+    if isinstance(initial, Mapping):
+        unknown = sorted(initial.keys() - set(names_of(prior).names))
+        if unknown:
+            raise ValueError(f"`initial` is for unknown function(s) {unknown}.")
+    initial = functions_as_pytrees(initial)
+    solver = with_system(solver, prior, conditions)
+    return _solve(prior, conditions, solver, adjoint, initial, max_steps, throw)
+
+
+def check_solver(solver: Any, adjoint: Any) -> None:
     if not isinstance(solver, GaussNewton):
         raise ValueError(
             "`solver` must be an `eqx_bilevel.GaussNewton`, got a "
@@ -106,15 +119,6 @@ def solve(
             "`adjoint` must be an `eqx_bilevel.FixedPointAdjoint` or an "
             f"`eqx_bilevel.FrozenAdjoint`, got a {type(adjoint).__name__}."
         )
-    check_num_steps(max_steps, "max_steps")
-    prior, conditions = checked(prior, conditions)
-    if isinstance(initial, Mapping):
-        unknown = sorted(initial.keys() - set(names_of(prior).names))
-        if unknown:
-            raise ValueError(f"`initial` is for unknown function(s) {unknown}.")
-    initial = functions_as_pytrees(initial)
-    solver = with_system(solver, prior, conditions)
-    return _solve(prior, conditions, solver, adjoint, initial, max_steps, throw)
 
 
 # Targets. A dense matrix takes 0.5 GB for the first number of them, and 3 GB for the
@@ -382,13 +386,14 @@ def initial_jitter(problem: Problem, system: AbstractSystem) -> Float[Array, ""]
     # Zero if all conditions come with a noise or nugget, and otherwise the smallest
     # nugget that has a chance: the automatic one.
     smallest = system.smallest_nugget(problem)
-    automatic = jnp.stack([r.variance == 0 for r in problem.rows]).any()
+    variances = noise_variances(problem, jnp.zeros((), problem.dtype))
+    automatic = (variances == 0).any()
     return jnp.where(automatic, smallest, 0.0).astype(problem.dtype)
 
 
 def _statistics(problem, linearised, weights, jitter) -> dict[str, Array]:
     # At the minimum, residuals are -Gamma w and |u - m|^2 = w^T (G - Gamma) w.
-    misfit = noise_variances(problem, jitter) * weights
+    misfit = noise(problem, jitter).mv(weights)
     square = weights @ (linearised.rhs - misfit)
     return dict(
         jitter=jitter,

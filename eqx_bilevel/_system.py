@@ -20,6 +20,7 @@ from ._gram import (
     dense,
     GramOperator,
     Jets,
+    Noise,
     variances,
 )
 from ._linearised import (
@@ -29,7 +30,7 @@ from ._linearised import (
     jet_changes,
     jet_products,
     Linearised,
-    noise_variances,
+    noise,
     prior_z,
     select,
     split,
@@ -43,7 +44,7 @@ class Regression(NamedTuple):
     # The minimiser of a linearised problem, and how well it could be computed.
     factor: PyTree[Array]
     weights: Float[Array, " M"]
-    gamma: Float[Array, " M"]
+    noise: Noise
     z: Float[Array, " N"]
     rounding: Float[Array, " N"]
     usable: Bool[Array, ""]
@@ -242,8 +243,8 @@ class AbstractKernelSystem(AbstractSystem):
         return variances(problem.kernels, blocks), rows
 
     def gram(self, problem, linearised, jitter):
-        gamma = noise_variances(problem, jitter)
-        return GramOperator(problem.kernels, linearised.functionals, gamma)
+        added = noise(problem, jitter)
+        return GramOperator(problem.kernels, linearised.functionals, added)
 
 
 #
@@ -296,8 +297,7 @@ class DenseSystem(AbstractKernelSystem):
 
     def regress(self, problem, linearised, jitter, last):
         del last
-        gamma = noise_variances(problem, jitter)
-        operator = dense(GramOperator(problem.kernels, linearised.functionals, gamma))
+        operator = dense(self.gram(problem, linearised, jitter))
         factor = self.linear_solver.init(operator, {})
         solve = lambda b: gram_solve(operator, b, self.linear_solver, factor)
         rhs = linearised.rhs
@@ -316,7 +316,9 @@ class DenseSystem(AbstractKernelSystem):
         weights = weights + correction
         good = usable(weights, z, (remainder, rhs), (rounding, z))
         none = jnp.array(0)
-        return Regression(factor, weights, gamma, z, rounding, good, none)
+        return Regression(
+            factor, weights, noise(problem, jitter), z, rounding, good, none
+        )
 
     def solve(self, problem, linearised, jitter, factor, vector):
         operator = self.gram(problem, linearised, jitter)

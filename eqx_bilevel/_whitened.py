@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 from ._adjoint import without_gradient
 from ._condition import Condition, GaussianProcess
 from ._gauss_newton import Root
-from ._gram import covariance, dense, GramOperator
+from ._gram import covariance, dense, GramOperator, Noise
 from ._jets import residual
-from ._linearised import linearise, noise_variances, select, split_jets
+from ._linearised import linearise, noise, select, split_jets
 from ._parameters import unwrap
 from ._problem import Problem
 from ._results import RESULTS
@@ -72,7 +72,7 @@ def solve_whitened(
 class _Args(eqx.Module):
     problem: Problem
     root: Float[Array, "P P"]
-    gamma: Float[Array, " M"]
+    noise: Noise
 
 
 def _jets(v, args: _Args) -> list[Float[Array, "n p"]]:
@@ -88,7 +88,7 @@ def _whitened_residual(v, args: _Args):
         )
         found = r.sums(jax.vmap(at)(values, r.points))
         misfits.append((found - r.target).reshape(-1))
-    return v, jnp.concatenate(misfits) / jnp.sqrt(args.gamma)
+    return v, args.noise.whiten(jnp.concatenate(misfits))
 
 
 def _root(covariance: Float[Array, "P P"]) -> Float[Array, "P P"]:
@@ -112,7 +112,7 @@ def _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw):
     jitter = initial_jitter(problem, DenseSystem(linear_solver))
     blocks = [r.jets for r in problem.rows]
     root = _root(covariance(problem.kernels, blocks, blocks))
-    args = _Args(problem, root, noise_variances(problem, jitter))
+    args = _Args(problem, root, noise(problem, jitter))
     start = jnp.zeros(root.shape[1], problem.dtype)
     sol = optx.least_squares(
         _whitened_residual,
@@ -126,7 +126,7 @@ def _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw):
     z = select(problem, _jets(sol.value, args))
     fixed = without_gradient((problem, z, jitter))
     factor = _factor(fixed[0], fixed[1], fixed[2], linear_solver)
-    linearised, gamma = linearise(problem, z), noise_variances(problem, jitter)
+    linearised, gamma = linearise(problem, z), noise(problem, jitter)
     operator = GramOperator(problem.kernels, linearised.functionals, gamma)
     weights = gram_solve(operator, linearised.rhs, linear_solver, factor)
     result = RESULTS.promote(sol.result)
@@ -160,7 +160,7 @@ def _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw):
 
 def _factor(problem: Problem, z, jitter, linear_solver) -> Any:
     functionals = linearise(problem, z).functionals
-    gamma = noise_variances(problem, jitter)
+    gamma = noise(problem, jitter)
     return linear_solver.init(
         dense(GramOperator(problem.kernels, functionals, gamma)), {}
     )

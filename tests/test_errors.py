@@ -150,8 +150,8 @@ _wrong = {
         "`target` must be real",
     ),
     "noise with axes": (
-        lambda: eb.Condition(_value, ends, noise=jnp.ones(2)),
-        r"`noise` must be a scalar, got shape \(2,\)",
+        lambda: _solve(_pde(), eb.Condition(_value, ends, noise=jnp.ones(5), name="a")),
+        r"The `noise` of condition 'a' must be a number, .*, got shape \(5,\)",
     ),
     "dimensions": (
         lambda: _solve(_pde(), eb.Condition(_value, jnp.ones((1, 2)))),

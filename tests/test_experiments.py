@@ -1,9 +1,12 @@
 """The experiments, at sizes that a test can afford, and the results that are kept."""
 
+import functools as ft
 import importlib
+import operator as operators
 import pathlib
 import sys
 
+import eqx_bilevel as eb
 import jax
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ benchmarks = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path[:0] = [str(benchmarks / "experiments"), str(benchmarks)]
 
 import breadth  # pyright: ignore[reportMissingImports]
+import dimensions  # pyright: ignore[reportMissingImports]
 import hypergradient  # pyright: ignore[reportMissingImports]
 import inverse  # pyright: ignore[reportMissingImports]
 import linearisation  # pyright: ignore[reportMissingImports]
@@ -71,6 +75,40 @@ def test_breadth(name, n):
     assert row["kind"] in breadth.table([row])
 
 
+def test_six_dimensions():
+    # What is a sum over dimensions is found with few points by a kernel that is one.
+    only = {"a sum": dimensions.solutions["a sum"]}
+    row = dimensions.run("additive", n=60, steps=15, solutions=only)["a sum"]
+    assert row["untrained"]["relative"] < 1e-3
+    assert row["learned"]["relative"] < 1e-5
+
+
+def test_products_in_six_dimensions():
+    # Of kernels of one dimension each: the Gaussian kernel, and much like it.
+    exact = dimensions.solutions["no sum"]
+    keys = jax.random.split(jax.random.key(0), 3)
+    cube, operator = dimensions.cube, dimensions.equation
+    known = breadth.applied(operator, exact)
+    conditions = [
+        eb.Condition(operator, cube.interior(60, key=keys[0]), known),
+        eb.Condition(dimensions.value, cube.boundary(90, key=keys[1]), exact),
+    ]
+    x = cube.interior(100, key=keys[2])
+    scales = np.linspace(1.2, 0.8, dimensions.dim)
+
+    def solved(kernel):
+        return eb.solve(eb.GaussianProcess(kernel), conditions)(x)
+
+    def product(kernel):
+        kernels = [eb.Subspace(kernel(s), i) for i, s in enumerate(scales)]
+        return ft.reduce(operators.mul, kernels)
+
+    one = solved(eb.Gaussian(scales))
+    np.testing.assert_allclose(solved(product(eb.Gaussian)), one, atol=1e-6)
+    size = np.sqrt(np.mean(np.square(jax.vmap(exact)(x))))
+    assert np.sqrt(np.mean(np.square(one - jax.vmap(exact)(x)))) < 0.1 * size
+
+
 def test_linearisation():
     mild = linearisation.run("burgers", 0.5, 40)
     strong = linearisation.run("burgers", 0.05, 40)
@@ -124,6 +162,7 @@ def test_robustness():
         "robustness",
         "linearisation",
         "breadth",
+        "dimensions",
         "sensitivity",
         "inverse",
     ],

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import pytest
+from eqx_bilevel._subset import restored, thinned
 from scipy.integrate import solve_bvp
 
 from .helpers import (
@@ -338,6 +339,79 @@ def test_noise_and_weight():
     assert relative_error(referred, weighted) > 1e-3
 
 
+def correlated(n):
+    root = jnp.tril(jnp.cos(3 * jnp.arange(1.0 * n * n)).reshape(n, n))
+    return 0.02 * (root @ root.T + 0.1 * jnp.eye(n))
+
+
+def test_noise_of_each_point():
+    x = jnp.linspace(0.05, 0.9, 7)[:, None]
+    each = jnp.array([0.1, 0.2, 0.4, 0.1, 0.3, 0.2])
+    prior = eb.GaussianProcess(eb.Gaussian(0.3))
+    single = [
+        eb.Condition(Reading(), x[None], y, noise=noise)
+        for x, y, noise in zip(observed, targets, each)
+    ]
+    truth = eb.solve(prior, single, tight)
+    assert relative_error(observe(x, noise=each), truth(x)) < 1e-10
+    matrix = jnp.diag(each**2)
+    assert relative_error(observe(x, noise=matrix), truth(x)) < 1e-10
+    weighted = observe(x, noise=3 * each, weight=9.0)
+    assert relative_error(weighted, truth(x)) < 1e-10
+
+
+def test_correlated_noise():
+    # Two numbers at each point. The same as their combinations with independent errors.
+    operator = lambda u, x: [u.value + u.value**2 / 5, u.d(0) / 4]
+    prior = eb.GaussianProcess(eb.Gaussian(0.3))
+    noise = correlated(12)
+    known = jnp.stack([targets, jnp.sin(observed[:, 0])], axis=1)
+
+    def solved(noise, **kwargs):
+        target = [known[:, 0], known[:, 1]]
+        condition = eb.Condition(operator, observed, target, noise=noise)
+        return eb.solve(prior, [condition], tight, **kwargs)
+
+    solution = solved(noise)
+    root = jnp.linalg.cholesky(noise)
+    inverse = jax.scipy.linalg.solve_triangular(root, jnp.eye(12), lower=True)
+
+    class Combined(eqx.Module):
+        def __call__(self, u, x):
+            # The last coordinate says how much of each.
+            return x[1] * (u.value + u.value**2 / 5) + x[2] * u.d(0) / 4
+
+    points = jnp.concatenate(
+        [
+            jnp.broadcast_to(observed, (12, 6, 1)),
+            inverse.reshape(12, 6, 2),
+        ],
+        axis=-1,
+    )
+    combined = eb.Condition(
+        Combined(),
+        points,
+        inverse @ known.reshape(-1),
+        quadrature=jnp.ones(6),
+        noise=1.0,
+    )
+    lifted = eb.GaussianProcess(eb.Subspace(eb.Gaussian(0.3), 0))
+    truth = eb.solve(lifted, [combined], tight)
+    x = jnp.linspace(0.05, 0.9, 7)[:, None]
+    lifted_x = jnp.concatenate([x, jnp.zeros((7, 2))], axis=1)
+    assert relative_error(solution(x), truth(lifted_x)) < 1e-9
+    assert relative_error(solution.std(x), truth.std(lifted_x)) < 1e-7
+    objective = solution.stats["objective"], truth.stats["objective"]
+    assert jnp.abs(objective[0] - objective[1]) < 1e-8 * objective[1]
+    loss = lambda noise: jnp.sum(solved(noise)(x) ** 2)
+    change = jnp.diag(jnp.linspace(1.0, 2.0, 12)) + 0.3
+    _, slope = jax.jvp(loss, (noise,), (change,))
+    gradient = jnp.vdot(jax.grad(loss)(noise), change)
+    central = (loss(noise + 1e-6 * change) - loss(noise - 1e-6 * change)) / 2e-6
+    assert jnp.abs(slope - central) < 1e-6 * jnp.abs(central)
+    assert jnp.abs(gradient - central) < 1e-6 * jnp.abs(central)
+
+
 @pytest.mark.parametrize("noise", (0.2, -0.2))
 def test_known_noise_under_a_trace(noise):
     noise = jnp.asarray(noise)
@@ -438,3 +512,36 @@ def test_which_of_several_solutions(mean, initial, lowest):
     assert reference.success
     assert np.max(np.abs(found - reference.sol(x)[0])) < 1e-5
     assert abs(found.min() - lowest) < 5e-3
+
+
+def test_noise_at_fewer_points():
+    each = jnp.linspace(0.1, 0.6, 6)
+    pairs = lambda u, x: [u.value, u.d(0)]
+    conditions = [
+        eb.Condition(value, observed, targets, noise=each),
+        eb.Condition(pairs, observed, noise=correlated(12)),
+    ]
+    fewer = thinned(conditions, 6)
+    chosen = jnp.searchsorted(observed[:, 0], fewer[0].points[:, 0])
+    assert len(chosen) == 3
+    assert jnp.array_equal(fewer[0].noise, each[chosen])
+    blocks = correlated(12).reshape(6, 2, 6, 2)[chosen][:, :, chosen]
+    assert jnp.array_equal(fewer[1].noise, blocks.reshape(6, 6))
+    for new, old in zip(restored(fewer, conditions), conditions):
+        assert eqx.tree_equal(new, old)
+    learned = eb.Condition(value, observed, targets, noise=eb.Positive(each))
+    with pytest.raises(ValueError, match="`noise` that is learned must be one number"):
+        thinned([learned], 3)
+
+
+def test_wrong_noise():
+    prior = eb.GaussianProcess(eb.Matern(0.3, nu=3.5))
+    sparse = eb.GaussNewton(linear_solver=eb.SparseCholesky())
+    condition = eb.Condition(value, observed, targets, noise=correlated(6), name="a")
+    with pytest.raises(ValueError, match="The `noise` of condition 'a' is a matrix"):
+        eb.solve(prior, [condition], sparse)
+    for noise in (-jnp.ones(6), jnp.full((6, 6), jnp.nan)):
+        with pytest.raises(ValueError, match="`noise` must be finite and positive"):
+            eb.Condition(value, observed, targets, noise=noise)
+    with pytest.raises(ValueError, match="an array of them or a matrix"):
+        eb.Condition(value, observed, targets, noise=jnp.ones((1, 1, 1)))

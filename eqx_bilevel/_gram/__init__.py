@@ -8,4 +8,8 @@ from ._blocks import (
     one_sides as one_sides,
     variances as variances,
 )
-from ._operator import dense as dense, GramOperator as GramOperator
+from ._operator import (
+    dense as dense,
+    GramOperator as GramOperator,
+    Noise as Noise,
+)

@@ -12,7 +12,7 @@ from .._condition import Condition, is_concrete
 from .._gram import Block, one_by_one
 from .._jets import dependences, Trace
 from .._linearised import Linearised
-from .._parameters import unwrap
+from .._parameters import unwrap, value_of
 from .._problem import condition_name, names_of, Problem, row_order, trace_conditions
 from ._factor import Functionals, Pattern, Prior
 from ._layout import Layout, layout, Row, value_places
@@ -75,6 +75,11 @@ def _rows(prior: Any, conditions: Sequence[Condition]) -> list[Row]:
             raise ValueError(
                 f"Condition {name!r} has a `quadrature`: `SparseCholesky` is for "
                 "conditions at points. Use `lineax.Cholesky()`."
+            )
+        if np.ndim(value_of(condition.noise)) == 2:
+            raise ValueError(
+                f"The `noise` of condition {name!r} is a matrix: `SparseCholesky` is "
+                "for errors that are independent. Use `lineax.Cholesky()`."
             )
         if not is_concrete(condition.points):
             raise ValueError(

@@ -12,7 +12,15 @@ from jaxtyping import Array, Float, PyTree
 from .._condition import Condition
 from .._conjugate_gradients import ConjugateGradients, deviations
 from .._gram import Block
-from .._linearised import join, linearise, Linearised, noise_variances, prior_z, split
+from .._linearised import (
+    join,
+    linearise,
+    Linearised,
+    noise,
+    noise_variances,
+    prior_z,
+    split,
+)
 from .._problem import Problem
 from .._system import AbstractPosterior, AbstractSystem, rounding_of_sums
 from ._factor import covariance_product, factorise, Prior, SparseFactor
@@ -86,7 +94,6 @@ class SparseCholesky(AbstractSystem):
 
     def regress(self, problem, linearised, jitter, last):
         before, start = last
-        gamma = noise_variances(problem, jitter)
         nugget = jnp.maximum(jitter, _LEAST_NUGGET)
         priors = self._priors(problem, linearised, nugget)
         prior = jax.lax.cond(
@@ -104,12 +111,12 @@ class SparseCholesky(AbstractSystem):
         )
         factor = _Factor(prior, small, seen, nugget)
         changes = lambda w: self._changes(problem, linearised, factor, w)
-        iteration = self._iteration(problem, linearised, gamma, factor)
+        iteration = self._iteration(problem, linearised, jitter, factor)
         product = lambda w: changes(w)[0]
         return iteration.regress(problem, linearised, factor, changes, product, start)
 
     def solve(self, problem, linearised, jitter, factor, vector):
-        gamma, layout = noise_variances(problem, jitter), self.plan.layout
+        layout = self.plan.layout
         jacobians = linearised.jacobians
         priors = self._priors(problem, linearised, factor.nugget)  # For all products.
 
@@ -118,7 +125,7 @@ class SparseCholesky(AbstractSystem):
             fields = self._products(priors, factor, vectors)
             return layout.apply(problem, jacobians, fields)
 
-        iteration = self._iteration(problem, linearised, gamma, factor)
+        iteration = self._iteration(problem, linearised, jitter, factor)
         start = jax.lax.stop_gradient(self._precondition(factor, vector))
         return iteration.solve(product, vector, start)[0]
 
@@ -250,10 +257,11 @@ class SparseCholesky(AbstractSystem):
         names = dict.fromkeys(name for name, _ in block.jets)
         return {n: predict(priors[n], self.rho, of_unknown(block, n)) for n in names}
 
-    def _iteration(self, problem, linearised, gamma, factor) -> ConjugateGradients:
+    def _iteration(self, problem, linearised, jitter, factor) -> ConjugateGradients:
         precondition = lambda vector: self._precondition(factor, vector)
-        units = deviations(problem, linearised, gamma)
-        return ConjugateGradients(gamma, units, precondition, self.rtol, self.max_steps)
+        added = noise(problem, jitter)
+        units = deviations(problem, linearised, added)
+        return ConjugateGradients(added, units, precondition, self.rtol, self.max_steps)
 
 
 SparseCholesky.__init__.__doc__ = """**Arguments:**
