@@ -58,8 +58,7 @@ def restored(
         target = new.target if callable(new.target) else old.target
         where = lambda c: (c.points, c.target)
         new = eqx.tree_at(where, new, (old.points, target))
-        is_data = not isinstance(old.noise, AbstractParameter)
-        if is_data and np.ndim(value_of(old.noise)) > 0:
+        if not isinstance(old.noise, AbstractParameter | None) and old.noise.ndim > 0:
             new = eqx.tree_at(lambda c: c.noise, new, old.noise)
         out.append(new)
     return out

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import pytest
+import scipy.linalg
 from eqx_bilevel._gram import (
     _blocks,
     Block,
@@ -13,6 +14,7 @@ from eqx_bilevel._gram import (
     covariance_product,
     dense,
     GramOperator,
+    Noise,
     variances,
 )
 from eqx_bilevel._kernels import (
@@ -522,14 +524,25 @@ def test_derivatives(name, which, getkey):
 @pytest.fixture
 def gram(getkey):
     blocks = _blocks_1d(getkey())
-    diagonal = 0.1 + jax.random.uniform(getkey(), (11,))
-    return GramOperator(make("matern_3.5", 1), blocks, diagonal)
+    variances = 0.1 + jax.random.uniform(getkey(), (7,))
+    root = jax.random.normal(getkey(), (4, 4))
+    noise = Noise((variances, root @ root.T + 0.1 * jnp.eye(4)))
+    return GramOperator(make("matern_3.5", 1), blocks, noise)
 
 
 def _expected(gram):
     # `covariance` is compared with the truth above.
     square = np.asarray(jitted(gram.kernels, gram.blocks, gram.blocks))
-    return square + np.diag(np.asarray(gram.diagonal))
+    variances, matrix = map(np.asarray, gram.noise.parts)
+    return square + scipy.linalg.block_diag(np.diag(variances), matrix)
+
+
+def test_whitening(gram, getkey):
+    vector = jax.random.normal(getkey(), (11,))
+    noise = gram.noise.added_to(jnp.zeros((11, 11)))
+    assert_close(gram.noise.mv(vector), noise @ vector)
+    square = jnp.sum(gram.noise.whiten(vector) ** 2)
+    assert_close(square, vector @ jnp.linalg.solve(noise, vector))
 
 
 def test_operator(gram, getkey):
