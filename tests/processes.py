@@ -34,7 +34,7 @@ def stated(lengthscale):
     return eb.GaussianProcess(eb.Gaussian(lengthscale)), conditions, validation
 
 
-SOLVER = eb.GaussNewton(linear_solver=eb.MatrixFree(rank=64))
+SOLVER = eb.GaussNewton(linear_solver=eb.MatrixFree(rank=131))
 
 
 def solved(directory: pathlib.Path | None = None):
@@ -57,7 +57,7 @@ def learned(directory: pathlib.Path | None = None, *, dies: bool = False):
         if dies and progress.step == 3 and jax.process_index() == 1:
             os._exit(1)
 
-    prior, conditions, validation = stated(0.3)
+    prior, conditions, validation = stated(0.4)
     found = eb.learn(
         prior,
         conditions,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+import optax
 import pytest
 from eqx_bilevel._gram import covariance
 from eqx_bilevel._low_rank import low_rank
@@ -170,11 +171,13 @@ def test_learn():
         conditions,
         objective,
         solver=eb.GaussNewton(linear_solver=solver),
+        optimiser=optax.adam(0.1),
         scale_search=False,
         steps=4,
     )
-    found, expected = run(MATRIX_FREE), run(lx.Cholesky())
-    assert np.isclose(np.log(found.objective), np.log(expected.objective), atol=0.1)
+    solvers = MATRIX_FREE, lx.Cholesky()
+    found, expected = (run(s).history["objective"] for s in solvers)
+    assert np.allclose(found, expected, rtol=1e-2) and expected[-1] < 0.8 * expected[0]
 
 
 def test_no_matrix():

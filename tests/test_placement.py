@@ -62,8 +62,8 @@ _fine = _line.grid(400)
 
 def _solve_front(points, target=_source):
     conditions = [
-        eb.Condition(lambda u, x: u.value, _line.boundary(2), _front, name="ends"),
         eb.Condition(lambda u, x: -u.laplacian, points, target, name="pde"),
+        eb.Condition(lambda u, x: u.value, _line.boundary(2), _front, name="ends"),
     ]
     prior = eb.GaussianProcess(eb.Matern(0.15, nu=4.5))
     return eb.solve(prior, conditions)

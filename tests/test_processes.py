@@ -50,7 +50,7 @@ def test_processes_share_it(tmp_path):
         assert np.allclose(found["values"], expected["values"], rtol=1e-7, atol=0)
         # Each has its share of what is large.
         (shape,) = found["share"]
-        assert shape == [33, 64]
+        assert shape == [33, 132]
 
 
 def test_process_that_dies(tmp_path):
