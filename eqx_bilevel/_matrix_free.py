@@ -64,8 +64,8 @@ class MatrixFree(AbstractKernelSystem):
         iteration = self._iteration(problem, linearised, jitter, factor)
         changes = lambda w: self.changes(problem, linearised, factor, w)
         product = self._product(problem, linearised)
-        # It is known beforehand when this would take too many steps. Without a right-
-        # hand side it takes none. (In a `lax.cond` XLA uses one core only.)
+        # It is known beforehand when this would take too many steps. With zero on the
+        # right-hand side it takes none.
         enough = factor.rest <= (self.max_steps / 5) ** 2
         rhs = jnp.where(enough, linearised.rhs, 0)
         found = iteration.regress(
