@@ -9,7 +9,7 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from ._gram import Noise, variances
-from ._linearised import Linearised, prior_z
+from ._linearised import Linearised, noise, prior_z
 from ._problem import Problem
 from ._system import Regression, usable
 
@@ -22,6 +22,20 @@ class ConjugateGradients(NamedTuple):
     precondition: Callable[[Array], Array]
     rtol: float
     max_steps: int
+
+    @staticmethod
+    def of(
+        problem: Problem,
+        linearised: Linearised,
+        jitter: Float[Array, ""],
+        precondition: Callable[[Array], Array],
+        rtol: float,
+        max_steps: int,
+    ) -> "ConjugateGradients":
+        added = noise(problem, jitter)
+        prior = variances(problem.kernels, linearised.functionals)
+        deviations = jnp.sqrt(jax.lax.stop_gradient(prior + added.diagonal))
+        return ConjugateGradients(added, deviations, precondition, rtol, max_steps)
 
     def solve(
         self, product: Callable, rhs: Float[Array, " M"], start: Float[Array, " M"]
@@ -75,13 +89,6 @@ class ConjugateGradients(NamedTuple):
 
 
 _WEIGHT_UNIT = 1e-12
-
-
-def deviations(
-    problem: Problem, linearised: Linearised, noise: Noise
-) -> Float[Array, " M"]:
-    prior = variances(problem.kernels, linearised.functionals)
-    return jnp.sqrt(jax.lax.stop_gradient(prior + noise.diagonal))
 
 
 def _operator(product: Callable, like: Array) -> lx.FunctionLinearOperator:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._conjugate_gradients import ConjugateGradients, deviations
+from ._conjugate_gradients import ConjugateGradients
 from ._gram import covariance_product
 from ._linearised import (
     embed,
@@ -15,7 +15,6 @@ from ._linearised import (
     jet_products,
     linearise,
     Linearised,
-    noise,
     noise_variances,
     prior_z,
     select,
@@ -90,9 +89,8 @@ class MatrixFree(AbstractKernelSystem):
         return low_rank(problem.kernels, linearised.functionals, gamma, self.rank)
 
     def _iteration(self, problem, linearised, jitter, factor) -> ConjugateGradients:
-        added = noise(problem, jitter)
-        units = deviations(problem, linearised, added)
-        return ConjugateGradients(added, units, factor, self.rtol, self.max_steps)
+        at = problem, linearised, jitter, factor
+        return ConjugateGradients.of(*at, self.rtol, self.max_steps)
 
     def _product(self, problem, linearised):
         functionals = linearised.functionals

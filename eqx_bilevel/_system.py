@@ -297,7 +297,8 @@ class DenseSystem(AbstractKernelSystem):
 
     def regress(self, problem, linearised, jitter, last):
         del last
-        operator = dense(self.gram(problem, linearised, jitter))
+        gram = self.gram(problem, linearised, jitter)
+        operator = dense(gram)
         factor = self.linear_solver.init(operator, {})
         solve = lambda b: gram_solve(operator, b, self.linear_solver, factor)
         rhs = linearised.rhs
@@ -316,9 +317,7 @@ class DenseSystem(AbstractKernelSystem):
         weights = weights + correction
         good = usable(weights, z, (remainder, rhs), (rounding, z))
         none = jnp.array(0)
-        return Regression(
-            factor, weights, noise(problem, jitter), z, rounding, good, none
-        )
+        return Regression(factor, weights, gram.noise, z, rounding, good, none)
 
     def solve(self, problem, linearised, jitter, factor, vector):
         operator = self.gram(problem, linearised, jitter)

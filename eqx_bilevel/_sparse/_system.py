@@ -10,13 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .._condition import Condition
-from .._conjugate_gradients import ConjugateGradients, deviations
+from .._conjugate_gradients import ConjugateGradients
 from .._gram import Block
 from .._linearised import (
     join,
     linearise,
     Linearised,
-    noise,
     noise_variances,
     prior_z,
     split,
@@ -259,9 +258,8 @@ class SparseCholesky(AbstractSystem):
 
     def _iteration(self, problem, linearised, jitter, factor) -> ConjugateGradients:
         precondition = lambda vector: self._precondition(factor, vector)
-        added = noise(problem, jitter)
-        units = deviations(problem, linearised, added)
-        return ConjugateGradients(added, units, precondition, self.rtol, self.max_steps)
+        at = problem, linearised, jitter, precondition
+        return ConjugateGradients.of(*at, self.rtol, self.max_steps)
 
 
 SparseCholesky.__init__.__doc__ = """**Arguments:**
