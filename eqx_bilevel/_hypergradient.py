@@ -15,9 +15,8 @@ from jaxtyping import Array, Float, PyTree, Scalar
 from ._adjoint import FrozenAdjoint, without_gradient
 from ._condition import Condition
 from ._gauss_newton import Root
-from ._linearised import join, prior_z, separate, split
-from ._parameters import unwrap
-from ._problem import Problem, with_readings
+from ._linearised import flat, join, prior_z, separate, split
+from ._problem import Problem
 from ._solution import Reading, Solution
 from ._solve import of_use, root_residual, solution_at
 from ._system import AbstractSystem
@@ -53,23 +52,28 @@ class _AlreadyFound(optx.AbstractLeastSquaresSolver):
 def differentiable(
     prior: Any,
     conditions: list[Condition],
-    problem: Problem,
+    whole: Problem,
     found: Solution,
     adjoint: optx.AbstractAdjoint,
-    readings: Sequence[tuple[Callable, Array]],
+    points: Sequence[Array],
+    readings: Sequence[Reading],
 ) -> Solution:
-    # `found` for these arguments, with derivatives, and read at these points already.
+    # `found` for these arguments, with derivatives, and read at these points already,
+    # which are in `whole`. `readings`: what is known of `found` there, if it is known.
     found = without_gradient(found)
     useful = of_use(found.result, found.stats["change"])
     weights = jnp.where(useful, found.weights, 0.0)
-    unwrapped = [(unwrap(operator), points) for operator, points in readings]
-    whole = with_readings(problem, unwrap(prior), unwrapped)
+    problem = whole.conditions
     read = without_gradient(whole.readings)
-    values = found._z[:0]
     if readings:
+        at_points = [readings[r.position].values for r in read.rows]
+        values = without_gradient(jnp.where(useful, flat(at_points), 0.0))
+    elif points:
         values = prior_z(read) + found._system.read(
             without_gradient(whole), found._linearised, found._factor, weights, None
         )
+    else:
+        values = found._z[:0]
     singular, successful = optx.RESULTS.singular, optx.RESULTS.successful
     jitter, change = found.stats["jitter"], found.stats["change"]
     sol = optx.least_squares(
@@ -99,7 +103,7 @@ def differentiable(
         found.stats,
     )
     known = [
-        Reading(readings[r.position][1], r.trace.jets, jets)
+        Reading(points[r.position], r.trace.jets, jets)
         for r, jets in zip(read.rows, split(read, values))
     ]
     return dataclasses.replace(solution, _readings=tuple(known))

@@ -27,20 +27,25 @@ def last_solve(
         start = warm(best, best.jitter)
     few = with_inner_steps(task, FEW_INNER_STEPS)
     many = with_inner_steps(task, _MANY_INNER_STEPS)
-    solution, outcome = evaluate(theta, few, start)
-    if solution.result != RESULTS.successful:
-        solution, outcome = evaluate(theta, many, start)
-    if best is not None and _is_worse(record, outcome, rtol):
+    found = _solved(theta, few, start)
+    if found[0].result != RESULTS.successful:
+        found = _solved(theta, many, start)
+    if best is not None and _is_worse(record, found[1], rtol):
         # There may be several solutions, and going on from where the best solve ended
         # led to another one. From where that solve began it takes the same way.
-        again = evaluate(theta, many, best.start)
-        solution, outcome = min((solution, outcome), again, key=_rank)
+        again = _solved(theta, many, best.start)
+        found = solution, outcome = min(found, again, key=_rank)
         worse = _is_worse(record, outcome, _WORTH_A_WARNING)
         # Who asks for one inner step at a time knows that they do not converge.
         known = int(task.max_inner_steps) == 1
         if solution.result == RESULTS.successful and worse and not known:
             _warn(record, outcome)
-    return solution, outcome
+    return found
+
+
+def _solved(theta: PyTree, task: Task, start: Start) -> tuple[Solution, Outcome]:
+    found, outcome = evaluate(theta, task, start)
+    return found.solution, outcome
 
 
 def _is_worse(record: Record, outcome: Outcome, rtol: float) -> bool:

@@ -432,8 +432,8 @@ def _search(prior, conditions, task: Task, start: Start, num: int, record: Recor
 
     def value(lengths, candidate):
         theta, scaled = partition(candidate, conditions, few)
-        solution, outcome = evaluate(theta, scaled, start)
-        record.add_search(lengths, outcome, candidate, conditions, solution)
+        found, outcome = evaluate(theta, scaled, start)
+        record.add_search(lengths, outcome, candidate, conditions, found.solution)
         objective = float(outcome.objective)
         return objective if np.isfinite(objective) else np.inf
 

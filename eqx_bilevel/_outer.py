@@ -3,6 +3,7 @@
 Compiled once for each set of shapes: whatever changes from step to step is an array.
 """
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -25,8 +26,15 @@ from ._objectives import (
 from ._parameters import unwrap
 from ._problem import trace_conditions
 from ._results import RESULTS
-from ._solution import Solution
-from ._solve import all_finite, initial_jitter, sanitised, solve_problem
+from ._solution import Reading, Solution
+from ._solve import (
+    all_finite,
+    initial_jitter,
+    of_use,
+    problem_with,
+    sanitised,
+    solve_problem,
+)
 
 
 class Task(eqx.Module):
@@ -43,6 +51,13 @@ class Start(eqx.Module):
     z: Float[Array, " N"]
     cold: Bool[Array, ""]  # at the prior's mean instead
     jitter: Float[Array, ""]  # at least
+
+
+class Found(eqx.Module):
+    # By one inner solve. What the objective reads off it is needed for derivatives too;
+    # it has nothing of that if it uses batches.
+    solution: Solution
+    readings: tuple[Reading, ...]
 
 
 class Outcome(eqx.Module):
@@ -81,12 +96,22 @@ def solve_at(theta: PyTree, task: Task, start: Start) -> Solution:
 
 
 def _differentiable(
-    theta: PyTree, task: Task, objective: AbstractObjective, found: Solution
+    theta: PyTree, task: Task, objective: AbstractObjective, found: Found
 ) -> Solution:
     prior, conditions = eqx.combine(theta, task.rest)
-    problem, _ = sanitised(*unwrap((prior, conditions)))
     readings = as_data_objective(objective).readings(conditions)
-    return differentiable(prior, conditions, problem, found, task.adjoint, readings)
+    solution = found.solution
+    good = of_use(solution.result, solution.stats["change"])
+    problem = problem_with(good, *unwrap((prior, conditions, readings)))
+    return differentiable(
+        prior,
+        conditions,
+        problem,
+        solution,
+        task.adjoint,
+        [points for _, points in readings],
+        found.readings,
+    )
 
 
 def _outcome(
@@ -104,9 +129,15 @@ def _outcome(
 
 
 @eqx.filter_jit
-def evaluate(theta: PyTree, task: Task, start: Start) -> tuple[Solution, Outcome]:
+def evaluate(theta: PyTree, task: Task, start: Start) -> tuple[Found, Outcome]:
     solution = solve_at(theta, task, start)
-    return solution, _outcome(theta, solution, task.objective(solution), start)
+    objective, readings = as_data_objective(task.objective), ()
+    if not objective.batched:
+        asked = objective.readings(solution.conditions)
+        readings = tuple(solution._reading(operator, x) for operator, x in asked)
+    value = task.objective(dataclasses.replace(solution, _readings=readings))
+    outcome = _outcome(theta, solution, value, start)
+    return Found(solution, readings), outcome
 
 
 def cold_start(prior: Any, conditions: list[Condition]) -> Start:
@@ -149,7 +180,7 @@ def optax_step(
     opt_state: PyTree,
     theta: PyTree,
     task: Task,
-    found: Solution,
+    found: Found,
     key: PRNGKeyArray,
 ) -> OptaxStep:
     batch = as_data_objective(task.objective).batch(key)
@@ -208,7 +239,7 @@ def optimistix_init(solver, theta: PyTree, task: Task, start: Start):
     least_squares = isinstance(solver, optx.AbstractLeastSquaresSolver)
     value = outcome.objective
     if least_squares and isinstance(task.objective, AbstractLeastSquaresObjective):
-        value = eqx.filter_eval_shape(task.objective.residuals, found)
+        value = eqx.filter_eval_shape(task.objective.residuals, found.solution)
     model, args = _Model(least_squares), (theta, task, found, outcome)
     vector, _ = ravel_pytree(theta)
     return solver.init(model, vector, args, {}, value, outcome, frozenset())
@@ -221,7 +252,7 @@ def optimistix_step(
     vector: Array,
     theta: PyTree,
     task: Task,
-    found: Solution,
+    found: Found,
     outcome: Outcome,
 ) -> OptimistixStep:
     model = _Model(isinstance(solver, optx.AbstractLeastSquaresSolver))

@@ -12,6 +12,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ._condition import Condition, GaussianProcess, mean_function
@@ -247,33 +248,79 @@ def _check_noise(condition: Condition, trace: Trace, name: str) -> None:
         )
 
 
-def build(prior, conditions: Sequence[Condition]) -> Problem:
-    # Of an unwrapped prior and unwrapped conditions.
-    unknowns, traces = names_of(prior), trace_conditions(prior, conditions)
-    kernels = _kernels(prior)
-    means = mean_functions(prior)
-    rows = []
-    for i, (condition, trace) in enumerate(zip(conditions, traces)):
-        name, points = condition_name(condition, i), condition.points
-        whose, n = f"condition {name!r}", condition.num_targets
-        quadrature = condition.quadrature
-        unscaled = Rows(
-            operator=condition.operator,
-            points=points,
-            target=target_array(condition.target, trace, points, n, whose),
-            quadrature=None if quadrature is None else quadrature.reshape(-1),
-            mean=jets_of(means, trace.jets, points),
-            sides=one_sides(kernels, trace.jets, points),
-            variance=jnp.zeros((), points.dtype),
-            scale=jnp.ones((), points.dtype),
+def build(
+    prior,
+    conditions: Sequence[Condition],
+    readings: Sequence[tuple[Callable, Array]] = (),
+) -> Problem:
+    # Of an unwrapped prior and unwrapped conditions. Readings are what operators need
+    # at these points, as conditions that demand nothing and all of whose jets are part
+    # of `z`. All derivatives of these jets are then computed together with those of
+    # the conditions, which saves half the work of compiling them.
+    unknowns, num = names_of(prior), len(conditions)
+    kernels, means = _kernels(prior), mean_functions(prior)
+    dtype = conditions[0].points.dtype
+    points = [c.points for c in conditions] + [x.astype(dtype) for _, x in readings]
+    read = [_jets_read(unknowns, op, x) for (op, _), x in zip(readings, points[num:])]
+    traces = [*trace_conditions(prior, conditions), *read]
+    rows = [
+        Rows(
+            operator=_nothing,
+            points=x,
+            target=jnp.zeros((len(x), 0), dtype),
+            quadrature=None,
+            mean=jets_of(means, trace.jets, x),
+            sides=sides,
+            variance=jnp.zeros((), dtype),
+            scale=jnp.ones((), dtype),
             trace=trace,
             unknowns=unknowns,
+            name="readings",
+            position=i if i < num else i - num,
+        )
+        for i, (x, trace, sides) in enumerate(
+            zip(points, traces, _sides(kernels, traces, points))
+        )
+    ]
+    for i, condition in enumerate(conditions):
+        name, n = condition_name(condition, i), condition.num_targets
+        target, quadrature = condition.target, condition.quadrature
+        whose = f"condition {name!r}"
+        unscaled = dataclasses.replace(
+            rows[i],
+            operator=condition.operator,
+            target=target_array(target, traces[i], condition.points, n, whose),
+            quadrature=None if quadrature is None else quadrature.reshape(-1),
             name=name,
-            position=i,
         )
         variance, scale = _variance(condition, _scale(kernels, condition, unscaled))
-        rows.append(dataclasses.replace(unscaled, variance=variance, scale=scale))
+        rows[i] = dataclasses.replace(unscaled, variance=variance, scale=scale)
     return Problem(kernels, _in_order(rows))
+
+
+def _jets_read(unknowns: Unknowns, operator: Callable, points: Array) -> Trace:
+    at = points.shape[1], points.dtype, "readings"
+    jets = trace_operator(operator, unknowns, *at).jets
+    return Trace(jets, tuple(range(len(jets))), ((0,),))
+
+
+def _nothing(u, x):
+    return jnp.zeros(0, x.dtype)
+
+
+def _sides(kernels, traces: Sequence[Trace], points: Sequence[Array]) -> list[dict]:
+    # At once where the same derivatives are needed: that is less to compile.
+    alike: dict[Any, list[int]] = {}
+    for i, trace in enumerate(traces):
+        alike.setdefault(trace.jets, []).append(i)
+    out: dict[int, dict] = {}
+    for jets, indices in alike.items():
+        sides = one_sides(kernels, jets, jnp.concatenate([points[i] for i in indices]))
+        ends = np.cumsum([len(points[i]) for i in indices])
+        for i, end in zip(indices, ends):
+            start = end - len(points[i])
+            out[i] = jax.tree.map(lambda x, a=start, b=end: x[a:b], sides)
+    return [out[i] for i in range(len(traces))]
 
 
 def row_order(traces: Sequence[Trace]) -> list[int]:
@@ -284,41 +331,6 @@ def row_order(traces: Sequence[Trace]) -> list[int]:
 
 def _in_order(rows: Sequence[Rows]) -> tuple[Rows, ...]:
     return tuple(rows[i] for i in row_order([r.trace for r in rows]))
-
-
-def with_readings(
-    problem: Problem, prior, readings: Sequence[tuple[Callable, Array]]
-) -> Problem:
-    # With what these operators will need at these points, as conditions that demand
-    # nothing and all of whose jets are part of `z`. All derivatives of these jets are
-    # then computed together with those of the conditions, which saves half the work of
-    # compiling them.
-    unknowns, rows = problem.rows[0].unknowns, list(problem.rows)
-    for i, (operator, points) in enumerate(readings):
-        points, name = points.astype(problem.dtype), f"readings[{i}]"
-        dim, dtype = points.shape[1], points.dtype
-        jets = trace_operator(operator, unknowns, dim, dtype, name).jets
-        rows.append(
-            Rows(
-                operator=_nothing,
-                points=points,
-                target=jnp.zeros((len(points), 0), dtype),
-                quadrature=None,
-                mean=jets_of(mean_functions(prior), jets, points),
-                sides=one_sides(problem.kernels, jets, points),
-                variance=jnp.zeros((), dtype),
-                scale=jnp.ones((), dtype),
-                trace=Trace(jets, tuple(range(len(jets))), ((0,),)),
-                unknowns=unknowns,
-                name=name,
-                position=i,
-            )
-        )
-    return Problem(problem.kernels, _in_order(rows))
-
-
-def _nothing(u, x):
-    return jnp.zeros(0, x.dtype)
 
 
 def jets_of(

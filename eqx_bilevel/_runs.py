@@ -101,7 +101,9 @@ class _OptaxRun(eqx.Module):
         last = not accepted and (not run.moved or run.length < 1e-6)
         scaled = jax.tree.map(lambda u: run.length * u, run.updates)
         run = dataclasses.replace(run, theta=eqx.apply_updates(run.base, scaled))
-        taken = _Taken(self.theta, found, outcome, batch, accepted, last, False)
+        taken = _Taken(
+            self.theta, found.solution, outcome, batch, accepted, last, False
+        )
         return run, taken
 
 
@@ -125,7 +127,9 @@ class _OptimistixRun(eqx.Module):
         accepted = bool(np.isfinite(objective)) and objective != self.before
         # After the last step, one more tells how good its result is.
         end = self.done
-        taken = _Taken(self.theta, found, step.outcome, objective, accepted, end, end)
+        taken = _Taken(
+            self.theta, found.solution, step.outcome, objective, accepted, end, end
+        )
         run = dataclasses.replace(
             self,
             theta=step.next_theta,

@@ -274,6 +274,11 @@ class Solution(eqx.Module):
         change = self._system.jets(*self._at, self.weights, tuple(jets), x)
         return jets_of(mean_functions(unwrap(self.prior)), jets, x) + change
 
+    def _reading(self, operator, x) -> Reading:
+        # All that this operator needs.
+        jets = self._trace(unwrap(operator), x).jets
+        return Reading(x, jets, self._jets(jets, x))
+
     def _number_block(self, operator, x) -> Block:
         operator = unwrap(operator)
         shapes = self._trace(operator, x).shapes

@@ -232,22 +232,13 @@ def _needs_distinct_points(condition: Condition) -> bool:
 
 def sanitised(prior, conditions) -> tuple[Problem, RESULTS]:
     # What `_check_values` finds must be found again here, for values that were traced.
-    # A problem that is not finite is replaced by one that is, since linear solves raise
-    # when they are differentiated at nan, even if the outcome is not used.
-    tree = (prior, conditions)
-    good = all_finite(tree)
+    good = all_finite((prior, conditions))
     repeated = [
         _has_duplicates(c.points) for c in filter(_needs_distinct_points, conditions)
     ]
-    cure = lambda x: jnp.where(jnp.isfinite(x), x, jnp.ones_like(x))
-    # It has no derivatives either, which are nan before their values are.
-    cut = lambda x: jnp.where(good, x, jax.lax.stop_gradient(cure(x)))
-    tree = jax.tree.map(lambda x: cut(x) if eqx.is_inexact_array(x) else x, tree)
-    problem = build(*tree)
-    targets = [r.target for r in problem.rows]
-    known = all_finite(targets)
-    cured = [cure(target) for target in targets]
-    problem = eqx.tree_at(lambda p: [r.target for r in p.rows], problem, cured)
+    problem = build(*_cut((prior, conditions), good))
+    known = all_finite([r.target for r in problem.rows])
+    problem = _with_finite_targets(problem)
     variances = noise_variances(problem, jnp.ones((), problem.dtype))
     result = RESULTS.successful
     for faults, kind in (
@@ -261,9 +252,44 @@ def sanitised(prior, conditions) -> tuple[Problem, RESULTS]:
     return problem, result
 
 
+def problem_with(
+    good: Bool[Array, ""],
+    prior,
+    conditions: Sequence[Condition],
+    readings: Sequence[tuple[Callable, Array]],
+) -> Problem:
+    # The same with readings, if it is known already that there is no fault.
+    stated = _cut((prior, conditions), good)
+    return _with_finite_targets(build(*stated, readings=readings))
+
+
+# A problem that is not finite is replaced by one that is, since linear solves raise
+# when they are differentiated at nan, even if the outcome is not used. It has no
+# derivatives either, which are nan before their values are.
+
+
+def _cut(tree: Any, good: Bool[Array, ""]) -> Any:
+    cut = lambda x: jnp.where(good, x, jax.lax.stop_gradient(_cure(x)))
+    return jax.tree.map(lambda x: cut(x) if eqx.is_inexact_array(x) else x, tree)
+
+
+def _with_finite_targets(problem: Problem) -> Problem:
+    cured = [_cure(r.target) for r in problem.rows]
+    return eqx.tree_at(lambda p: [r.target for r in p.rows], problem, cured)
+
+
+def _cure(x: Array) -> Array:
+    return jnp.where(jnp.isfinite(x), x, jnp.ones_like(x))
+
+
 def all_finite(tree) -> Bool[Array, ""]:
-    finite = [jnp.isfinite(x).reshape(-1) for x in _floats(tree)]
-    return jnp.concatenate(finite).all()
+    # From the largest number of each type. Conjunctions over all of them take the
+    # compiler seconds, for nothing.
+    by_dtype: dict[Any, list[Array]] = {}
+    for x in _floats(tree):
+        by_dtype.setdefault(x.dtype, [jnp.zeros(1, x.dtype)]).append(x.reshape(-1))
+    size = lambda parts: jnp.max(jnp.abs(jnp.concatenate(parts)))
+    return jnp.stack([jnp.isfinite(size(xs)) for xs in by_dtype.values()]).all()
 
 
 def _floats(tree) -> list[Array]:

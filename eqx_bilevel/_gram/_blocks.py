@@ -1,7 +1,8 @@
 """Linear functionals of Gaussian processes, and their covariances by blocks of rows."""
 
+import functools as ft
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -84,25 +85,24 @@ def one_sides(
 
 
 class _Side(eqx.Module):
-    # What can be computed point by point: once, outside all loops over pairs. One array
-    # for each number, all of the same shape, so that everything is done elementwise:
-    # anything else would keep the compiler from making one loop of it, above all in
-    # reverse mode.
-    numbers: list[list[Array]]
+    # What can be computed point by point: once, outside all loops over pairs.
+    given: list[Float[Array, "n _"]]  # each leaf of a tree, flattened
     treedef: Any = eqx.field(static=True)
     shapes: list[tuple[int, ...]] = eqx.field(static=True)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.numbers[0][0].shape
+    def size(self) -> int:
+        return self.given[0].shape[0]
 
-    def at_points(self):
-        # What was given for each point, as NumPy arrays of JAX arrays.
+    def numbers(self, spread: Callable[[Array], Array] = lambda x: x) -> Any:
+        # As NumPy arrays of JAX arrays: one for each number, all of the same shape, so
+        # that everything is done elementwise. Anything else would keep the compiler
+        # from making one loop of it, above all in reverse mode.
         leaves = []
-        for numbers, shape in zip(self.numbers, self.shapes):
-            leaf = np.empty(len(numbers), object)
-            for i, number in enumerate(numbers):
-                leaf[i] = number
+        for given, shape in zip(self.given, self.shapes):
+            leaf = np.empty(given.shape[1], object)
+            for i, number in enumerate(given.T):
+                leaf[i] = spread(number)
             leaves.append(leaf.reshape(shape))
         return jtu.tree_unflatten(self.treedef, leaves)
 
@@ -116,7 +116,24 @@ def _side(kernels: Kernels, block: Block, weights=None) -> _Side:
     leaves, treedef = jtu.tree_flatten((sides, given))
     shapes = [leaf.shape[1:] for leaf in leaves]
     flat = [leaf.reshape(n, math.prod(s)) for leaf, s in zip(leaves, shapes)]
-    return _Side([list(leaf.T) for leaf in flat], treedef, shapes)
+    return _Side(flat, treedef, shapes)
+
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _spread(x: Float[Array, " n"], m: int, axis: int) -> Float[Array, "..."]:
+    # Along a new axis. Reverse mode has a product with ones: XLA on CPUs hands other
+    # sums to a library that does one operation at a time, which keeps it from making
+    # one loop of everything.
+    shape = (x.shape[0], m) if axis == 1 else (m, x.shape[0])
+    return jax.lax.broadcast_in_dim(x, shape, (1 - axis,))
+
+
+@_spread.defjvp
+def _(m: int, axis: int, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    ones = jnp.ones(m, x.dtype)
+    pair = (dx[:, None], ones[None]) if axis == 1 else (ones[:, None], dx[None])
+    return _spread(x, m, axis), jax.lax.dot(*pair)
 
 
 def _tables(kernels: Kernels, left: Block, right: Block, left_sides, right_sides):
@@ -135,11 +152,10 @@ def _tables(kernels: Kernels, left: Block, right: Block, left_sides, right_sides
                 yield i, {j: table[a, b] for b, j in others[name].items()}
 
 
-def _covariances(kernels: Kernels, left: Block, right: Block, left_side, right_side):
+def _covariances(kernels: Kernels, left: Block, right: Block, shape, *numbers):
     # The `q` times `r` covariances of the functionals, at pairs of points.
-    left_sides, coefficients = left_side.at_points()
-    right_sides, other_coefficients = right_side.at_points()
-    zero = jnp.zeros(left_side.shape, left.points.dtype)
+    (left_sides, coefficients), (right_sides, other_coefficients) = numbers
+    zero = jnp.zeros(shape, left.points.dtype)
     total = [[zero] * right.at_each for _ in range(left.at_each)]
     for i, row in _tables(kernels, left, right, left_sides, right_sides):
         combined = [zero] * right.at_each
@@ -151,11 +167,10 @@ def _covariances(kernels: Kernels, left: Block, right: Block, left_side, right_s
     return total
 
 
-def _products(kernels: Kernels, left: Block, right: Block, left_side, right_side):
+def _products(kernels: Kernels, left: Block, right: Block, shape, *numbers):
     # The `q` covariances with a combination of entries of the other point's jet.
-    left_sides, coefficients = left_side.at_points()
-    right_sides, weights = right_side.at_points()
-    total = [jnp.zeros(left_side.shape, left.points.dtype)] * left.at_each
+    (left_sides, coefficients), (right_sides, weights) = numbers
+    total = [jnp.zeros(shape, left.points.dtype)] * left.at_each
     for i, row in _tables(kernels, left, right, left_sides, right_sides):
         combined = sum(weights[j] * entry for j, entry in row.items())
         for q, c in _column(coefficients, i):
@@ -171,12 +186,13 @@ def _column(coefficients, i: int) -> list[tuple[int, Any]]:
 def _map_pairs(fn, kernels: Kernels, left: _Side, right: _Side, reduce=lambda x: x):
     # `reduce(fn(...))` for each point on the left, where `fn(...)` is for all points on
     # the right. A mesh of devices shares those on the left.
-    (n,), shares = left.shape, num_shares()
+    n, shares = left.size, num_shares()
     if shares == 1:
         return _map_chunks(fn, kernels, left, right, reduce)
     size = -(-n // shares)
     padding = size * shares - n
-    left = jax.tree.map(lambda x: jnp.pad(x, (0, padding), mode="edge"), left)
+    fill = lambda x: jnp.pad(x, ((0, padding), (0, 0)), mode="edge")
+    left = jax.tree.map(fill, left)
     arrays, static = eqx.partition((kernels, left, right), eqx.is_array)
 
     def on_one_device(arrays):
@@ -196,18 +212,13 @@ def _map_pairs(fn, kernels: Kernels, left: _Side, right: _Side, reduce=lambda x:
 
 def _map_chunks(fn, kernels: Kernels, left: _Side, right: _Side, reduce):
     # In chunks, of which nothing is kept for reverse mode.
-    (n,), (m,) = left.shape, right.shape
+    n, m = left.size, right.size
 
-    # Spread and summed by products with ones: XLA on CPUs hands other reductions to a
-    # library that does one operation at a time, which keeps it from making one loop of
-    # everything.
     def of_rows(rows: _Side):
-        ones = lambda x, n: jnp.ones(n, x.dtype)
-        rows = jax.tree.map(lambda x: jax.lax.dot(x[:, None], ones(x, m)[None]), rows)
-        columns = jax.tree.map(
-            lambda y: jax.lax.dot(ones(y, rows.shape[0])[:, None], y[None]), right
-        )
-        return jax.tree.map(reduce, fn(kernels, rows, columns))
+        size = rows.size
+        here = rows.numbers(lambda x: _spread(x, m, 1))
+        others = right.numbers(lambda y: _spread(y, size, 0))
+        return jax.tree.map(reduce, fn(kernels, (size, m), here, others))
 
     chunks = -(-n * m // _PAIRS_AT_ONCE)
     if chunks <= 1:
@@ -221,7 +232,7 @@ def _map_chunks(fn, kernels: Kernels, left: _Side, right: _Side, reduce):
 
 
 def _block_matrix(kernels: Kernels, left: Block, right: Block) -> Float[Array, "l r"]:
-    fn = lambda kernels, *sides: _covariances(kernels, left, right, *sides)
+    fn = lambda kernels, *at: _covariances(kernels, left, right, *at)
     out = _map_pairs(fn, kernels, _side(kernels, left), _side(kernels, right))
     out = jnp.stack([jnp.stack(row, axis=-1) for row in out], axis=1)  # (n, q, m, r)
     if left.sum_over > 1:
@@ -239,7 +250,7 @@ def _block_product(kernels: Kernels, left: Block, right: Block, vector):
         weights = jnp.repeat(weights, right.sum_over, axis=0)
     if right.coefficients is not None:
         weights = jnp.einsum("nq,nqp->np", weights, right.coefficients)
-    fn = lambda kernels, *sides: _products(kernels, left, right, *sides)
+    fn = lambda kernels, *at: _products(kernels, left, right, *at)
     sides = _side(kernels, left), _side(kernels, right, weights)
     out = _map_pairs(
         fn, kernels, *sides, reduce=lambda x: x @ jnp.ones(x.shape[1], x.dtype)
@@ -293,8 +304,9 @@ def variances(kernels: Kernels, blocks: Sequence[Block]) -> Float[Array, " m"]:
         if block.sum_over > 1:
             out.append(_variances_of_sums(kernels, block))
             continue
-        side = _side(kernels, block)
-        table = _covariances(kernels, block, block, side, side)
+        numbers = _side(kernels, block).numbers()
+        shape = block.points.shape[:1]
+        table = _covariances(kernels, block, block, shape, numbers, numbers)
         each = [row[q] for q, row in enumerate(table)]
         out.append(jnp.stack(each, axis=1).reshape(block.size))
     return jnp.concatenate(out)
