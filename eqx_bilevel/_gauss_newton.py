@@ -58,7 +58,8 @@ def _line_search(problem, linearised, start, regression):
     # The next iterate, between this one and the minimiser of the linearised problem. It
     # costs O(M): along this line everything in the objective (1) is known without the
     # kernel, since |v|^2 = w^T phi v for v = k phi^T w, and phi v = rhs - Gamma w.
-    w, noise, rhs = regression.weights, regression.noise, linearised.rhs
+    w, rhs = regression.weights, linearised.rhs
+    noise = regression.noise.if_usable(regression.usable)
     slope = lambda z: slope_product(problem, linearised, z - prior_z(problem))
     applied = rhs - noise.mv(w)
     linear = applied - slope(regression.z)
@@ -71,9 +72,9 @@ def _line_search(problem, linearised, start, regression):
         return 0.5 * (at.norm + jnp.sum(noise.whiten(misfit) ** 2))
 
     sizes = 0.5 ** jnp.arange(_NUM_STEP_SIZES, dtype=w.dtype)
-    values = jax.vmap(objective)(sizes)
+    objectives = jax.vmap(objective)(jnp.append(sizes, 0.0))
+    values, now = objectives[:-1], objectives[-1]
     values = jnp.where(jnp.isfinite(values), values, jnp.inf)
-    now = objective(jnp.zeros_like(sizes[0]))
     predicted = now - 0.5 * w @ rhs
     # The full step, unless it is bad; then the best of the shorter ones.
     full = values[0] <= now - 2e-4 * predicted

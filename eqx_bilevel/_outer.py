@@ -59,6 +59,10 @@ class Found(eqx.Module):
     solution: Solution
     readings: tuple[Reading, ...]
 
+    @property
+    def useful(self) -> Bool[Array, ""]:
+        return of_use(self.solution.result, self.solution.stats["change"])
+
 
 class Outcome(eqx.Module):
     # Of one inner solve, for the record and for the next one.
@@ -101,8 +105,7 @@ def _differentiable(
     prior, conditions = eqx.combine(theta, task.rest)
     readings = as_data_objective(objective).readings(conditions)
     solution = found.solution
-    good = of_use(solution.result, solution.stats["change"])
-    problem = problem_with(good, *unwrap((prior, conditions, readings)))
+    problem = problem_with(found.useful, *unwrap((prior, conditions, readings)))
     return differentiable(
         prior,
         conditions,
@@ -187,7 +190,8 @@ def optax_step(
     loss = lambda theta: batch(_differentiable(theta, task, batch, found))
     value, gradient = eqx.filter_value_and_grad(loss)(theta)
     updates, opt_state = optax_update(optimiser, opt_state, theta, value, gradient)
-    return OptaxStep(updates, opt_state, value, all_finite((value, gradient)))
+    ok = found.useful & all_finite((value, gradient))
+    return OptaxStep(updates, opt_state, value, ok)
 
 
 #
@@ -218,8 +222,9 @@ class _Model(eqx.Module):
         else:
             value_at = lambda v: merit(task.objective, task.objective(solution_at(v)))
             value, slope = jax.value_and_grad(value_at)(here)
-        # It is not known anywhere else.
-        value = jnp.where(jnp.all(vector == here), value, jnp.nan)
+        # It is not known anywhere else, nor if nothing was found.
+        known = found.useful & jnp.all(vector == here)
+        value = jnp.where(known, value, jnp.nan)
         return value + slope @ (vector - here), outcome
 
 

@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import importlib.metadata
+import itertools as it
 import json
 import os
 import pathlib
@@ -45,7 +46,25 @@ def environment():
 def write(name, kept, table):
     """Results as JSON, and the table that the documentation shows."""
     (results / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
-    (results / f"{name}.md").write_text(table + "\n")
+    (results / f"{name}.md").write_text(aligned(table) + "\n")
+
+
+def aligned(text):
+    """With columns of numbers to the right."""
+    lines = text.split("\n")
+    cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]
+    is_rule = lambda line: line.startswith("|") and set(line) <= set("|-:")
+    for i in filter(lambda i: is_rule(lines[i]), range(len(lines))):
+        rows = it.takewhile(lambda line: line.startswith("|"), lines[i + 1 :])
+        columns = zip(*map(cells, rows), strict=True)
+        rules = ["---:" if all(map(_is_number, c)) else "---" for c in columns]
+        lines[i] = f"|{'|'.join(rules)}|"
+    return "\n".join(lines)
+
+
+def _is_number(cell):
+    # Or two of them, or nothing.
+    return all(c in "0123456789.+-e/ ,%" or cell in ("inf", "nan") for c in cell)
 
 
 def read(name):

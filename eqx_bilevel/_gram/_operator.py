@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ._blocks import Block, covariance, covariance_product, Kernels, variances
 
@@ -24,6 +24,14 @@ class Noise(eqx.Module):
         # By a root of this matrix.
         pairs = zip(self.parts, self._split(vector))
         return jnp.concatenate([_whitened(p, v) for p, v in pairs])
+
+    def if_usable(self, usable: Bool[Array, ""]) -> "Noise":
+        # So that no matrix in it is factorised before it is known what for, and never
+        # at the same time as another one: JAX 0.10 can hang where batches of matrices
+        # are, since on CPUs each waits for the threads of the others.
+        eye = lambda p: jnp.eye(len(p), dtype=p.dtype)
+        keep = lambda p: jnp.where(usable, p, eye(p)) if p.ndim == 2 else p
+        return Noise(tuple(map(keep, self.parts)))
 
     @property
     def diagonal(self) -> Float[Array, " m"]:
