@@ -40,11 +40,11 @@ class Functionals(eqx.Module):
         new = sides(self.values), sides(self.others)
         return eqx.tree_at(where, self, new, is_leaf=lambda x: x is None)
 
-    def at(self, values: Int[Array, "*s v"], others: Int[Array, "*s o"]) -> list[Block]:
+    def at(self, values: Int[Array, " v"], others: Int[Array, " o"]) -> list[Block]:
         # Some of them.
         take = lambda block, i: jax.tree.map(lambda x: x[i], block)
-        chosen = (self.values, values), (self.others, others)
-        return [take(block, i) for block, i in chosen if i.shape[-1] > 0]
+        parts = take(self.values, values), take(self.others, others)
+        return [part for part in parts if part.size > 0]
 
 
 class Pattern(eqx.Module):
@@ -105,40 +105,29 @@ class Prior(eqx.Module):
         self.nugget = jnp.asarray(nugget, noise.dtype)
         self.noise = noise
 
-    def taken(
-        self, values: Int[Array, "*s v"], others: Int[Array, "*s o"]
-    ) -> tuple[list[Block], Float[Array, "*s m"]]:
-        # Some of them, with their noise.
-        index = [values, others + len(self.functionals.values.points)]
-        noise = self.noise[jnp.concatenate(index, axis=-1)]
-        return self.functionals.at(values, others), noise
-
     def matrix(
-        self, blocks: Sequence[Block], noise: Float[Array, " m"]
+        self, values: Int[Array, " v"], others: Int[Array, " o"]
     ) -> Float[Array, "m m"]:
-        # Of what was taken.
+        # Of some of them.
+        blocks = self.functionals.at(values, others)
         matrix = covariance(self.kernels, blocks, blocks)
-        return matrix + jnp.diag(self.nugget * jnp.diagonal(matrix) + noise)
+        index = jnp.concatenate([values, others + len(self.functionals.values.points)])
+        added = self.nugget * jnp.diagonal(matrix) + self.noise[index]
+        return matrix + jnp.diag(added)
 
-    def of_nodes(self, pattern: Pattern, nodes):
-        # What `regression` needs of one or many supernodes.
+    def regression(self, pattern: Pattern, node):
+        # W, L and L^-1 of one supernode.
         n = pattern.num_values
-        values, others, columns = nodes
-        fill = jnp.concatenate(nodes, axis=-1) == pattern.size
+        values, others, columns = node
+        fill = jnp.concatenate([values, others, columns]) == pattern.size
         if pattern.of_values:
-            values = jnp.concatenate([values, columns], axis=-1)
+            values = jnp.concatenate([values, columns])
         else:
-            others = jnp.concatenate([others, columns], axis=-1)
+            others = jnp.concatenate([others, columns])
         # What is filled up is independent of all else.
         values = jnp.minimum(values, max(n - 1, 0))
         others = jnp.clip(others - n, 0, max(pattern.size - n - 1, 0))
-        return *self.taken(values, others), fill
-
-    def regression(self, pattern: Pattern, of_node):
-        # W, L and L^-1 of one supernode.
-        blocks, noise, fill = of_node
-        matrix = self.matrix(blocks, noise)
-        return regression(matrix, fill, pattern.columns.shape[1])
+        return regression(self.matrix(values, others), fill, len(columns))
 
 
 # In place of the standard deviation of a functional that is zero, such as a term of an
@@ -246,8 +235,7 @@ def _extended(vector):
 def factorise(prior: Prior, pattern: Sequence[Pattern]) -> SparseFactor:
     parts = []
     for part in pattern:
-        at = lambda node, part=part: prior.of_nodes(part, node)
-        one = lambda node, part=part: prior.regression(part, at(node))
+        one = lambda node, part=part: prior.regression(part, node)
         found = jax.lax.map(one, part.nodes)
         parts.append(_Part(part.parents, part.columns, *found))
     return SparseFactor(tuple(parts), prior.functionals.size)
@@ -277,46 +265,22 @@ def covariance_product(
     return lx.linear_solve(operator, vector, solver, state=state, throw=False).value
 
 
-# Rows of supernodes that are taken out of all functionals at once.
-_ROWS_AT_ONCE = 2**16
-
-
 def _precision_product(prior: Prior, pattern: Sequence[Pattern], vector):
     given = _extended(vector)
     out = jnp.zeros_like(given)
     for part in pattern:
 
         def one(node, part=part):
-            of_node, parents, columns = node
-            weights, _, inverse = prior.regression(part, of_node)
-            v = inverse.T @ (inverse @ (columns - parents @ weights))
+            values, others, columns = node
+            weights, _, inverse = prior.regression(part, node)
+            parents = given[jnp.concatenate([values, others])]
+            v = inverse.T @ (inverse @ (given[columns] - parents @ weights))
             return -weights @ v, v
 
-        # Many are taken at once: in reverse mode each time something is taken out of
-        # all functionals, something of the size of all is added to their derivatives.
-        def several(nodes, one=one, part=part):
-            values, others, columns = nodes
-            parents = jnp.concatenate([values, others], axis=1)
-            of_nodes = prior.of_nodes(part, nodes)
-            at = of_nodes, given[parents], given[columns]
-            return jax.lax.map(jax.checkpoint(one), at)
-
-        num, rows = len(part.columns), part.parents.shape[1] + part.columns.shape[1]
-        size = min(num, max(1, _ROWS_AT_ONCE // rows))
-        chunks = -(-num // size)
-        nodes = [_filled(x, chunks * size, part.size) for x in part.nodes]
-        split = lambda x: x.reshape(chunks, size, -1)
-        found = jax.lax.map(jax.checkpoint(several), tuple(map(split, nodes)))
-        to_parents, to_columns = (x.reshape(chunks * size, -1) for x in found)
-        values, others, columns = nodes
-        out = out.at[jnp.concatenate([values, others], axis=1)].add(to_parents)
-        out = out.at[columns].add(to_columns)
+        to_parents, to_columns = jax.lax.map(jax.checkpoint(one), part.nodes)
+        out = out.at[part.parents].add(to_parents)
+        out = out.at[part.columns].add(to_columns)
     return out[:-1]
-
-
-def _filled(x: Int[Array, "s k"], num: int, value: int) -> Int[Array, "n k"]:
-    padding = (0, num - len(x)), (0, 0)
-    return jnp.pad(x, padding, constant_values=value)
 
 
 class _Factorised(lx.AbstractLinearSolver):

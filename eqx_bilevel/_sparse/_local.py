@@ -14,8 +14,8 @@ from ._ordering import num_in_ball
 
 # Functionals of one kind that a prediction is made from, at most.
 _MOST = 200
-# Points at which predictions are made at once, and how often before more is taken.
-_FEW, _MANY = 4, 16
+# Points at which predictions are made at once.
+_AT_ONCE = 32
 
 
 class Prediction(eqx.Module):
@@ -39,44 +39,37 @@ def predict(prior: Prior, rho: tuple[float, float], block: Block) -> Prediction:
     # From about as many functionals as a factor with these radii has parents.
     functionals, num = prior.functionals, block.at_each
 
-    def around(x: Float[Array, " d"]):
-        values = _nearest(functionals.values.points, x, rho[0])
-        return values, _nearest(functionals.others.points, x, rho[1])
-
-    def joint(part: Block, taken):
+    def joint(part: Block):
         # Of the functionals around one point, and then those at it.
         part = jax.tree.map(lambda x: x[None], part)
-        inner = prior.matrix(*taken)
-        across = covariance(prior.kernels, taken[0], [part])
+        x = part.points[0]
+        values = _nearest(functionals.values.points, x, rho[0])
+        others = _nearest(functionals.others.points, x, rho[1])
+        inner = prior.matrix(values, others)
+        across = covariance(prior.kernels, functionals.at(values, others), [part])
         own = covariance(prior.kernels, [part], [part])
         own = own + prior.nugget * jnp.diag(jnp.diagonal(own))
-        return jnp.block([[inner, across], [across.T, own]])
+        index = jnp.concatenate([values, others + len(functionals.values.points)])
+        return index, jnp.block([[inner, across], [across.T, own]])
 
     def one(matrix):
         weights, root, _ = regression(matrix, jnp.zeros(len(matrix), bool), num)
         return weights, root @ root.T
 
     @jax.checkpoint
-    def few(at):
+    def several(chosen):
         # Matrices at once, since one alone takes many small operations; and what is
         # done with them one by one, since batches of triangular solves can hang.
-        return jax.lax.map(one, jax.vmap(joint)(*at))
-
-    @jax.checkpoint
-    def many(chosen):
-        # Taken out of all functionals at once, for the reason that factors have.
         parts = jax.tree.map(lambda x: x[chosen], block)
-        values, others = jax.vmap(jax.vmap(around))(parts.points)
-        found = jax.lax.map(few, (parts, prior.taken(values, others)))
-        index = [values, others + len(functionals.values.points)]
-        return jnp.concatenate(index, axis=-1), *found
+        index, matrices = jax.vmap(joint)(parts)
+        return index, *jax.lax.map(one, matrices)
 
     # The last ones are filled up with copies of the last.
     n = len(block.points)
-    size = _FEW * min(_MANY, -(-n // _FEW))
-    chosen = jnp.minimum(jnp.arange(-(-n // size) * size), n - 1)
-    parts = jax.lax.map(many, chosen.reshape(-1, size // _FEW, _FEW))
-    return Prediction(*(x.reshape(-1, *x.shape[3:])[:n] for x in parts))
+    size = min(n, _AT_ONCE)
+    chosen = jnp.minimum(jnp.arange(-(-n // size) * size), n - 1).reshape(-1, size)
+    parts = jax.lax.map(several, chosen)
+    return Prediction(*(x.reshape(-1, *x.shape[2:])[:n] for x in parts))
 
 
 def _nearest(
