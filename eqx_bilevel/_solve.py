@@ -283,8 +283,7 @@ def _cure(x: Array) -> Array:
 
 
 def all_finite(tree) -> Bool[Array, ""]:
-    # From the largest number of each type. Conjunctions over all of them take the
-    # compiler seconds, for nothing.
+    # From the largest number of each type: less to compile than conjunctions over all.
     by_dtype: dict[Any, list[Array]] = {}
     for x in _floats(tree):
         by_dtype.setdefault(x.dtype, [jnp.zeros(1, x.dtype)]).append(x.reshape(-1))
