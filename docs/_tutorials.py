@@ -24,6 +24,8 @@ cache = root / ".cache" / "tutorials"
 
 # Compiles faster. The kernels inherit it.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+# As in the FAQ: solves under `vmap` could hang.
+os.environ.setdefault("NPROC", "8")
 
 # Sharp on all screens, and readable on light and dark pages.
 _FIGURES = """

@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("EQX_GETKEY_SEED", "0")
 # The tests run in as many processes as there are cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# With two threads, JAX 0.10 hangs where batches of matrices meet (see the FAQ).
+os.environ.setdefault("NPROC", "8")
 # Nearly all of the time goes into compiling, which is faster with these.
 flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 flags += " --xla_force_host_platform_device_count=2"  # For tests with several devices.
