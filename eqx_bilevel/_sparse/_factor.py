@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from .._gram import Block, covariance, Kernels, one_sides
 from ._pattern import Supernodes
+from ._regression import precision_product, regression
 
 
 class Functionals(eqx.Module):
@@ -76,6 +77,10 @@ class Pattern(eqx.Module):
     def parents(self) -> Int[Array, "s p"]:
         return jnp.concatenate([self.value_parents, self.other_parents], axis=1)
 
+    @property
+    def num_columns(self) -> int:
+        return self.columns.shape[1]
+
 
 class _Part(eqx.Module):
     # The factor's part for supernodes of similar sizes.
@@ -115,8 +120,8 @@ class Prior(eqx.Module):
         added = self.nugget * jnp.diagonal(matrix) + self.noise[index]
         return matrix + jnp.diag(added)
 
-    def regression(self, pattern: Pattern, node):
-        # W, L and L^-1 of one supernode.
+    def of_node(self, pattern: Pattern, node):
+        # The covariance of a supernode's functionals, and which of them fill it up.
         n = pattern.num_values
         values, others, columns = node
         fill = jnp.concatenate([values, others, columns]) == pattern.size
@@ -124,35 +129,9 @@ class Prior(eqx.Module):
             values = jnp.concatenate([values, columns])
         else:
             others = jnp.concatenate([others, columns])
-        # What is filled up is independent of all else.
         values = jnp.minimum(values, max(n - 1, 0))
         others = jnp.clip(others - n, 0, max(pattern.size - n - 1, 0))
-        return regression(self.matrix(values, others), fill, len(columns))
-
-
-# In place of the standard deviation of a functional that is zero, such as a term of an
-# equation whose coefficient is.
-_NOTHING = 1e-30
-
-
-def regression(matrix, fill, num_columns: int):
-    # W, L and L^-1, from correlations: the units of functionals can be very different.
-    keep = jnp.invert(fill).astype(matrix.dtype)
-    variance = jnp.where(fill, 1, jnp.diagonal(matrix))
-    zero = variance == 0
-    scale = jnp.where(zero, _NOTHING, jnp.sqrt(jnp.where(zero, 1, variance)))
-    matrix = matrix * (keep / scale)[:, None] * (keep / scale)[None, :]
-    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
-    matrix = jnp.where(identity > 0, jnp.where(zero | fill, 1, matrix), matrix)
-    factor = jsl.cholesky(matrix, lower=True)
-    m = len(matrix) - num_columns
-    weights = jsl.solve_triangular(
-        factor[:m, :m], factor[m:, :m].T, lower=True, trans=1
-    )
-    weights = weights * scale[None, m:] / scale[:m, None]
-    corner, identity = factor[m:, m:], identity[m:, m:]
-    inverse = jsl.solve_triangular(corner, identity, lower=True) / scale[None, m:]
-    return weights, scale[m:, None] * corner, inverse
+        return self.matrix(values, others), fill
 
 
 class SparseFactor(eqx.Module):
@@ -235,7 +214,13 @@ def _extended(vector):
 def factorise(prior: Prior, pattern: Sequence[Pattern]) -> SparseFactor:
     parts = []
     for part in pattern:
-        one = lambda node, part=part: prior.regression(part, node)
+
+        def one(node, part=part):
+            n = part.num_columns
+            weights, root = regression(*prior.of_node(part, node), n)
+            identity = jnp.eye(n, dtype=root.dtype)
+            return weights, root, jsl.solve_triangular(root, identity, lower=True)
+
         found = jax.lax.map(one, part.nodes)
         parts.append(_Part(part.parents, part.columns, *found))
     return SparseFactor(tuple(parts), prior.functionals.size)
@@ -270,16 +255,15 @@ def _precision_product(prior: Prior, pattern: Sequence[Pattern], vector):
     out = jnp.zeros_like(given)
     for part in pattern:
 
+        @jax.checkpoint
         def one(node, part=part):
-            values, others, columns = node
-            weights, _, inverse = prior.regression(part, node)
-            parents = given[jnp.concatenate([values, others])]
-            v = inverse.T @ (inverse @ (given[columns] - parents @ weights))
-            return -weights @ v, v
+            at_node = given[jnp.concatenate(node)]
+            return precision_product(
+                *prior.of_node(part, node), at_node, part.num_columns
+            )
 
-        to_parents, to_columns = jax.lax.map(jax.checkpoint(one), part.nodes)
-        out = out.at[part.parents].add(to_parents)
-        out = out.at[part.columns].add(to_columns)
+        added = jax.lax.map(one, part.nodes)
+        out = out.at[jnp.concatenate(part.nodes, axis=1)].add(added)
     return out[:-1]
 
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .._gram import Block, covariance
-from ._factor import Prior, regression
+from ._factor import Prior
 from ._ordering import num_in_ball
+from ._regression import regression
 
 
 # Functionals of one kind that a prediction is made from, at most.
@@ -53,7 +54,7 @@ def predict(prior: Prior, rho: tuple[float, float], block: Block) -> Prediction:
         return index, jnp.block([[inner, across], [across.T, own]])
 
     def one(matrix):
-        weights, root, _ = regression(matrix, jnp.zeros(len(matrix), bool), num)
+        weights, root = regression(matrix, jnp.zeros(len(matrix), bool), num)
         return weights, root @ root.T
 
     @jax.checkpoint
