@@ -12,6 +12,7 @@ from eqx_bilevel._gram import Block, covariance
 from eqx_bilevel._linearised import linearise
 from eqx_bilevel._parameters import unwrap
 from eqx_bilevel._problem import build
+from eqx_bilevel._sparse import _pattern
 from eqx_bilevel._sparse._factor import (
     covariance_product,
     factorise as factorise_prior,
@@ -86,20 +87,44 @@ def test_parents_are_all_near_functionals_that_come_before(d, sample):
     lengthscales = np.concatenate([values.lengthscales, others.lengthscales])
     distance = cdist(both, both)
     n, seen = len(points), []
-    for part in supernodes(values, others, rho):
-        pattern = Pattern.of(part, n, len(others.points))
-        for columns, parents in zip(pattern.columns, pattern.parents):
-            columns = [int(i) for i in columns if i < len(both)]
-            parents = {int(i) for i in parents if i < len(both)}
-            assert parents <= set(seen)
-            r = rho[0] if part.of_values else rho[1]
-            for j in columns:
-                near = np.flatnonzero(distance[j] <= r * lengthscales[j])
-                assert set(near) & set(seen) <= parents
-            seen.extend(columns)
+    for node in in_order(supernodes(values, others, rho)):
+        columns, parents = (set(x[x < len(both)]) for x in (node.columns, node.parents))
+        # The same functionals, as the covariance has them.
+        index = np.concatenate([node.values, n + node.others])[node.packed]
+        every = np.concatenate([node.parents, node.columns])
+        assert np.array_equal(index[every < len(both)], every[every < len(both)])
+        assert parents <= set(seen)
+        for j in columns:
+            r = rho[0] if j < n else rho[1]
+            near = np.flatnonzero(distance[j] <= r * lengthscales[j])
+            assert set(near) & set(seen) <= parents
+        seen.extend(columns)
     assert sorted(seen) == list(range(len(both)))
     # Values first.
     assert sorted(seen[:n]) == list(range(n))
+
+
+def in_order(parts):
+    each = [type(part)(*rows) for part in parts for rows in zip(*part)]
+    return sorted(each, key=lambda node: node.number)
+
+
+def test_shapes_follow_sizes(monkeypatch):
+    # If compiling costs nothing then little is filled up.
+    values, others = groups(random_points(600, 2), random_points(300, 2, seed=1))
+    parts = supernodes(values, others, (3.0, 2.0))
+    assert len(parts) == 2
+    monkeypatch.setattr(_pattern, "_SHAPE", 0.0)
+    many = supernodes(values, others, (3.0, 2.0))
+    assert len(many) > 10
+    share = lambda parts: np.mean(
+        np.concatenate([p.parents.ravel() for p in parts]) < 900
+    )
+    assert share(parts) < 0.6 and share(many) > 0.9
+    names = "parents", "columns"
+    for one, other in zip(in_order(parts), in_order(many), strict=True):
+        for x, y in ((getattr(one, name), getattr(other, name)) for name in names):
+            assert np.array_equal(x[x < 900], y[y < 900])
 
 
 def test_number_of_parents_does_not_grow():
@@ -107,7 +132,7 @@ def test_number_of_parents_does_not_grow():
     for n in (30, 60):
         values, others = groups(grid(n, 2), grid(n, 2))
         parts = supernodes(values, others, (3.0, 2.0))
-        entries = sum(np.sum(p.value_parents < n**2) for p in parts)
+        entries = sum(np.sum(p.parents < n**2) for p in parts)
         means.append(entries / sum(len(p.columns) for p in parts))
     assert means[1] < 1.4 * means[0]
 
@@ -137,7 +162,7 @@ def stated(d, n, others, nu, rho):
     values = Block(jnp.asarray(points), None, (("u", (0,) * d),))
     functionals = Functionals(values, others(points[: n // 2]))
     parts = supernodes(*groups(points, points[: n // 2]), (rho, rho))
-    pattern = tuple(Pattern.of(p, n, n // 2) for p in parts)
+    pattern = Pattern.of(tuple(parts), n + n // 2)
     kernels = {"u": unwrap(eb.Matern(0.5, nu=nu))}
     return kernels, functionals, pattern
 
@@ -181,7 +206,9 @@ def test_exact_if_all_are_parents(d, nu, others):
     close(factor.covariance(vector), matrix @ np.asarray(vector), 1e-8)
 
 
-def test_products_and_solves():
+@pytest.mark.parametrize("seconds_per_shape", (0.0, 1.0))
+def test_products_and_solves(seconds_per_shape, monkeypatch):
+    monkeypatch.setattr(_pattern, "_SHAPE", seconds_per_shape)
     factor = factorise(*stated(2, 60, laplacian, 3.5, rho=2.0), NUGGET)
     root = np.asarray(dense_factor(factor))
     vector = jax.random.normal(jax.random.key(0), (factor.size,))
@@ -228,7 +255,7 @@ def test_error_decreases_exponentially(nu):
     found = []
     for rho in (1.5, 3.0, 4.5, 6.0):
         parts = supernodes(*groups(points, points[:50]), (rho, rho))
-        pattern = tuple(Pattern.of(p, len(points), 50) for p in parts)
+        pattern = Pattern.of(tuple(parts), len(points) + 50)
         factor = eqx.filter_jit(factorise)(kernels, functionals, pattern, NUGGET)
         found.append(divergence(np.asarray(dense_factor(factor)), matrix))
     assert all(4 * after < before for before, after in zip(found, found[1:])), found
@@ -375,7 +402,7 @@ def test_factor_is_kept_until_its_nugget_changes():
 
 def test_product_with_derivatives():
     # Of the approximation itself, against differences.
-    _, functionals, pattern = stated(2, 40, laplacian, 3.5, rho=2.0)
+    _, functionals, pattern = stated(2, 40, laplacian, 3.5, rho=3.0)
     one, other = jax.random.normal(jax.random.key(0), (2, 60))
 
     def prior(lengthscale):
@@ -482,9 +509,10 @@ def test_gradient_is_that_of_what_is_computed():
     frozen = jax.jit(jax.grad(lambda p: read(p, eb.FrozenAdjoint())))(p)
     value = jax.jit(lambda p: read(p, eb.FrozenAdjoint()))
     for name in ("diffusion", "source", "lengthscale"):
-        h = 1e-4 * p[name]
-        up, down = value({**p, name: p[name] + h}), value({**p, name: p[name] - h})
-        assert np.isclose(implicit[name], (up - down) / (2 * h), rtol=1e-5)
+        h = 2e-3 * p[name]
+        at = [value({**p, name: p[name] + i * h}) for i in (-2, -1, 1, 2)]
+        difference = (at[0] - 8 * at[1] + 8 * at[2] - at[3]) / (12 * h)
+        assert np.isclose(implicit[name], difference, rtol=1e-5)
         assert np.isclose(frozen[name], implicit[name], rtol=0.1)
         assert not np.isclose(frozen[name], implicit[name], rtol=1e-5)
 

@@ -10,13 +10,14 @@ upper triangular U with K^-1 ~ U U^T are U_cc = L^-T and U_pc = -W L^-T. Keeping
 makes products and solves alike cheap.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import lineax as lx
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._gram import Block, covariance, Kernels, one_sides
@@ -49,37 +50,22 @@ class Functionals(eqx.Module):
 
 
 class Pattern(eqx.Module):
-    # Supernodes of similar sizes, on a device. `rows` are parents, then columns,
-    # counted over all functionals; rows are filled up with their number.
-    value_parents: Int[Array, "s v"]
-    other_parents: Int[Array, "s o"]
-    columns: Int[Array, "s c"]
-    num_values: int = eqx.field(static=True)
+    # Supernodes on a device, by their sizes; and the order in which parents come first:
+    # which part, and which row of it.
+    parts: tuple[Supernodes, ...]
+    order: tuple[Int[Array, " n"], Int[Array, " n"]]
     size: int = eqx.field(static=True)
-    of_values: bool = eqx.field(static=True)
 
     @staticmethod
-    def of(nodes: Supernodes, num_values: int, num_others: int) -> "Pattern":
-        size = num_values + num_others
-        values = lambda x: jnp.where(x < num_values, x, size)
-        others = lambda x: x + num_values
-        columns, above, inside, of_values = nodes
-        columns, above, inside = map(jnp.asarray, (columns, above, inside))
-        columns = values(columns) if of_values else others(columns)
-        parents = values(above), others(inside)
-        return Pattern(*parents, columns, num_values, size, of_values)
-
-    @property
-    def nodes(self):
-        return self.value_parents, self.other_parents, self.columns
-
-    @property
-    def parents(self) -> Int[Array, "s p"]:
-        return jnp.concatenate([self.value_parents, self.other_parents], axis=1)
-
-    @property
-    def num_columns(self) -> int:
-        return self.columns.shape[1]
+    def of(parts: tuple[Supernodes, ...], size: int) -> "Pattern":
+        lengths = [len(part.number) for part in parts]
+        number = np.concatenate([np.empty(0, int), *(part.number for part in parts)])
+        order = np.argsort(number)
+        part = np.repeat(np.arange(len(parts)), lengths)
+        row = np.concatenate([np.empty(0, int), *map(np.arange, lengths)])
+        to_device = lambda x: jnp.asarray(x, np.int32)
+        where = to_device(part[order]), to_device(row[order])
+        return Pattern(jax.tree.map(to_device, parts), where, size)
 
 
 class _Part(eqx.Module):
@@ -120,24 +106,33 @@ class Prior(eqx.Module):
         added = self.nugget * jnp.diagonal(matrix) + self.noise[index]
         return matrix + jnp.diag(added)
 
-    def of_node(self, pattern: Pattern, node):
+    def of_node(self, node: Supernodes):
         # The covariance of a supernode's functionals, and which of them fill it up.
-        n = pattern.num_values
-        values, others, columns = node
-        fill = jnp.concatenate([values, others, columns]) == pattern.size
-        if pattern.of_values:
-            values = jnp.concatenate([values, columns])
-        else:
-            others = jnp.concatenate([others, columns])
-        values = jnp.minimum(values, max(n - 1, 0))
-        others = jnp.clip(others - n, 0, max(pattern.size - n - 1, 0))
-        return self.matrix(values, others), fill
+        every = jnp.concatenate([node.parents, node.columns])
+        matrix = self.matrix(node.values, node.others)
+        if len(every) < len(matrix):
+            matrix = matrix[node.packed][:, node.packed]
+        return matrix, every == self.functionals.size
 
 
 class SparseFactor(eqx.Module):
     # $K^{-1} \approx U U^\top$ for the covariance matrix of functionals.
     parts: tuple[_Part, ...]
+    order: tuple[Int[Array, " n"], Int[Array, " n"]]
     size: int = eqx.field(static=True)
+
+    @staticmethod
+    def none(pattern: Pattern, dtype) -> "SparseFactor":
+        # In place of one.
+        def part(p: Supernodes):
+            (s, q), c = p.parents.shape, p.columns.shape[1]
+            shapes = (s, q, c), (s, c, c), (s, c, c)
+            zeros = (jnp.zeros(shape, dtype) for shape in shapes)
+            return _Part(p.parents, p.columns, *zeros)
+
+        return SparseFactor(
+            tuple(map(part, pattern.parts)), pattern.order, pattern.size
+        )
 
     def multiply(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
         # U v
@@ -164,28 +159,48 @@ class SparseFactor(eqx.Module):
 
     def solve(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
         # U^-1 v: the transpose of `solve_transposed`, step by step.
-        def step(x, node):
+        def change(node: _Part, x):
             v = x[node.columns]
-            x = x.at[node.parents].add(node.weights @ v)
-            return x.at[node.columns].set(node.cholesky.T @ v), None
+            added = node.weights @ v, node.cholesky.T @ v - v
+            index = node.parents, node.columns
+            return jnp.concatenate(index), jnp.concatenate(added)
 
-        out = _extended(vector)
-        for part in reversed(self.parts):
-            out, _ = jax.lax.scan(step, out, part, reverse=True)
-            out = out.at[-1].set(0)
-        return out[:-1]
+        return self._one_by_one(change, vector, reverse=True)
 
     def solve_transposed(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
         # U^-T v: what a draw of independent standard normal numbers becomes.
-        def step(x, node):
-            v = node.cholesky @ x[node.columns] + x[node.parents] @ node.weights
-            return x.at[node.columns].set(v), None
+        def change(node: _Part, x):
+            v = x[node.columns]
+            added = node.cholesky @ v + x[node.parents] @ node.weights - v
+            return node.columns, added
 
-        out = _extended(vector)
-        for part in self.parts:
-            out, _ = jax.lax.scan(step, out, part)
-            out = out.at[-1].set(0)
-        return out[:-1]
+        return self._one_by_one(change, vector)
+
+    def _one_by_one(self, change: Callable, vector, reverse: bool = False):
+        # Where and what each supernode adds, in their order.
+        def of(part: _Part):
+            return lambda row, x: change(jax.tree.map(lambda a: a[row], part), x)
+
+        branches, x = [of(part) for part in self.parts], _extended(vector)
+        sizes = [jax.eval_shape(b, self.order[1][0], x)[0].size for b in branches]
+
+        def filled(branch, size):
+            width = 0, max(sizes) - size
+
+            def same_size(row, x):
+                index, added = branch(row, x)
+                index = jnp.pad(index, width, constant_values=self.size)
+                return index, jnp.pad(added, width)
+
+            return same_size
+
+        branches = list(map(filled, branches, sizes))
+
+        def step(x, at):
+            index, added = jax.lax.switch(at[0], branches, at[1], x)
+            return x.at[index].add(added), None
+
+        return jax.lax.scan(step, x, self.order, reverse=reverse)[0][:-1]
 
     def covariance(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
         # K v
@@ -211,19 +226,15 @@ def _extended(vector):
     return jnp.concatenate([vector, jnp.zeros_like(vector[:1])])
 
 
-def factorise(prior: Prior, pattern: Sequence[Pattern]) -> SparseFactor:
-    parts = []
-    for part in pattern:
+def factorise(prior: Prior, pattern: Pattern) -> SparseFactor:
+    def one(node: Supernodes):
+        n = len(node.columns)
+        weights, root = regression(*prior.of_node(node), n)
+        identity = jnp.eye(n, dtype=root.dtype)
+        return weights, root, jsl.solve_triangular(root, identity, lower=True)
 
-        def one(node, part=part):
-            n = part.num_columns
-            weights, root = regression(*prior.of_node(part, node), n)
-            identity = jnp.eye(n, dtype=root.dtype)
-            return weights, root, jsl.solve_triangular(root, identity, lower=True)
-
-        found = jax.lax.map(one, part.nodes)
-        parts.append(_Part(part.parents, part.columns, *found))
-    return SparseFactor(tuple(parts), prior.functionals.size)
+    parts = [_Part(p.parents, p.columns, *jax.lax.map(one, p)) for p in pattern.parts]
+    return SparseFactor(tuple(parts), pattern.order, pattern.size)
 
 
 #
@@ -233,7 +244,7 @@ def factorise(prior: Prior, pattern: Sequence[Pattern]) -> SparseFactor:
 
 def covariance_product(
     prior: Prior,
-    pattern: Sequence[Pattern],
+    pattern: Pattern,
     factor: SparseFactor,
     vector: Float[Array, " n"],
 ) -> Float[Array, " n"]:
@@ -250,20 +261,21 @@ def covariance_product(
     return lx.linear_solve(operator, vector, solver, state=state, throw=False).value
 
 
-def _precision_product(prior: Prior, pattern: Sequence[Pattern], vector):
+def _precision_product(prior: Prior, pattern: Pattern, vector):
     given = _extended(vector)
+
+    @jax.checkpoint
+    def one(node: Supernodes):
+        every = jnp.concatenate([node.parents, node.columns])
+        product = precision_product(
+            *prior.of_node(node), given[every], len(node.columns)
+        )
+        return every, product
+
     out = jnp.zeros_like(given)
-    for part in pattern:
-
-        @jax.checkpoint
-        def one(node, part=part):
-            at_node = given[jnp.concatenate(node)]
-            return precision_product(
-                *prior.of_node(part, node), at_node, part.num_columns
-            )
-
-        added = jax.lax.map(one, part.nodes)
-        out = out.at[jnp.concatenate(part.nodes, axis=1)].add(added)
+    for part in pattern.parts:
+        index, added = jax.lax.map(one, part)
+        out = out.at[index].add(added)
     return out[:-1]
 
 

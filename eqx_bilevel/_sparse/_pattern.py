@@ -7,7 +7,7 @@ functionals before it within a few lengthscales. Everything here is NumPy.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -53,40 +53,16 @@ def following(points: Float[ndarray, "n d"], values: Group) -> Group:
 
 
 class Supernodes(NamedTuple):
-    # `s` supernodes of similar sizes: the functionals in each, and their parents. Rows
-    # are filled up with the number of functionals in the group.
-    columns: Int[ndarray, "s c"]
-    value_parents: Int[ndarray, "s v"]
-    other_parents: Int[ndarray, "s o"]
-    of_values: bool  # which group the columns are of
-
-
-class _Ragged(NamedTuple):
-    # Rows of different lengths, as sorted pairs.
-    row: Int[ndarray, " k"]
-    entry: Int[ndarray, " k"]
-
-    def lengths(self, num_rows: int) -> Int[ndarray, " r"]:
-        return np.bincount(self.row, minlength=num_rows)
-
-    def padded(self, start: int, stop: int, fill: int) -> Int[ndarray, "s width"]:
-        # Some of the rows.
-        lo, hi = np.searchsorted(self.row, (start, stop))
-        row, entry = self.row[lo:hi] - start, self.entry[lo:hi]
-        lengths = np.bincount(row, minlength=stop - start)
-        out = np.full((stop - start, int(lengths.max(initial=0))), fill)
-        first = np.cumsum(lengths) - lengths
-        out[row, np.arange(len(row)) - first[row]] = entry
-        return out
-
-
-def _empty() -> _Ragged:
-    return _Ragged(np.empty(0, int), np.empty(0, int))
-
-
-def _join(parts: list[_Ragged]) -> _Ragged:
-    parts = [_empty(), *parts]
-    return _Ragged(*(np.concatenate(columns) for columns in zip(*parts)))
+    # `s` supernodes of similar sizes. `parents` and `columns` are counted over all
+    # functionals, values first, and filled up with their number. `values` and `others`
+    # are those in each group, and `packed` which of them, one after the other, are the
+    # parents and columns. `number` is that in an order in which parents come first.
+    values: Int[Any, "s v"]
+    others: Int[Any, "s o"]
+    packed: Int[Any, "s p+c"]
+    parents: Int[Any, "s p"]
+    columns: Int[Any, "s c"]
+    number: Int[Any, " s"]
 
 
 def supernodes(
@@ -95,12 +71,76 @@ def supernodes(
     rho: tuple[float, float],
     spread: float = 1.5,
 ) -> list[Supernodes]:
-    # In an order in which parents come first. `rho` is how many lengthscales away
-    # parents are, for each group. `spread` is the factor between the lengthscales in
-    # one supernode.
-    finest = _Level.all_of(values)
-    out = _of_group(values, None, rho[0], spread)
-    return out + _of_group(others, finest, rho[1], spread)
+    # `rho` is how many lengthscales away parents are, for each group. `spread` is the
+    # factor between the lengthscales in one supernode.
+    size, finest = (len(values.points), len(others.points)), _Level.all_of(values)
+    first = _of_group(values, None, rho[0], spread)
+    second = _of_group(others, finest, rho[1], spread)
+    out = [_packed(first, rows, size, True) for rows in _similar(first)]
+    for rows in _similar(second):
+        part = _packed(second, rows, size, False)
+        out.append(part._replace(number=part.number + first.number))
+    return out
+
+
+class _Ragged(NamedTuple):
+    # Rows of different lengths, as sorted pairs.
+    row: Int[ndarray, " k"]
+    entry: Int[ndarray, " k"]
+
+    @staticmethod
+    def join(parts: list["_Ragged"]) -> "_Ragged":
+        parts = [_Ragged(np.empty(0, int), np.empty(0, int)), *parts]
+        return _Ragged(*(np.concatenate(columns) for columns in zip(*parts)))
+
+    def lengths(self, num_rows: int) -> Int[ndarray, " r"]:
+        return np.bincount(self.row, minlength=num_rows)
+
+    def padded(self, rows: Int[ndarray, " s"], fill: int) -> Int[ndarray, "s width"]:
+        # Some of the rows.
+        first, end = (
+            np.searchsorted(self.row, rows),
+            np.searchsorted(self.row, rows + 1),
+        )
+        index = first[:, None] + np.arange(np.max(end - first, initial=0))
+        entries = np.append(self.entry, fill)
+        return entries[np.where(index < end[:, None], index, -1)]
+
+
+class _Nodes(NamedTuple):
+    # All supernodes of one group, in an order in which parents come first: their
+    # columns, and parents in the same group and in that before it.
+    columns: _Ragged
+    inside: _Ragged
+    above: _Ragged
+    number: int
+
+
+def _packed(
+    nodes: _Nodes, rows: Int[ndarray, " s"], size: tuple[int, int], of_values: bool
+) -> Supernodes:
+    num_values, total = size[0], sum(size)
+    own = 0 if of_values else num_values
+    inside, columns = (
+        np.where(x < 0, total, x + own)
+        for x in (nodes.inside.padded(rows, -1), nodes.columns.padded(rows, -1))
+    )
+    above = nodes.above.padded(rows, -1)
+    parents = np.concatenate([np.where(above < 0, total, above), inside], axis=1)
+    # Those that are used first, and as many as are used anywhere.
+    order = np.argsort(parents == total, axis=1, kind="stable")
+    order = order[:, : np.max(np.sum(parents < total, axis=1), initial=0)]
+    last = np.arange(columns.shape[1]) + parents.shape[1]
+    packed = np.concatenate([order, np.broadcast_to(last, columns.shape)], axis=1)
+    every = np.concatenate([parents, columns], axis=1)
+    split = every.shape[1] if of_values else above.shape[1]
+    # What fills up may be any functional.
+    values, others = (
+        np.where(x == total, 0, x - start)
+        for x, start in ((every[:, :split], 0), (every[:, split:], num_values))
+    )
+    parents = np.take_along_axis(parents, order, axis=1)
+    return Supernodes(values, others, packed, parents, columns, rows)
 
 
 class _Level(NamedTuple):
@@ -120,23 +160,20 @@ class _Level(NamedTuple):
     def near(self, points: ndarray, radii: ndarray) -> tuple[ndarray, ndarray]:
         # Which points, and what is near them.
         if self.tree is None:
-            return _empty()
+            return np.empty(0, int), np.empty(0, int)
         lists = self.tree.query_ball_point(points, radii, return_sorted=False)
         lengths = np.fromiter(map(len, lists), int, len(lists))
         found = np.fromiter((i for one in lists for i in one), int, lengths.sum())
         return np.repeat(np.arange(len(points)), lengths), self.members[found]
 
 
-def _of_group(
-    group: Group, values: _Level | None, rho: float, spread: float
-) -> list[Supernodes]:
-    if len(group.points) == 0:
-        return []
+def _of_group(group: Group, values: _Level | None, rho: float, spread: float) -> _Nodes:
+    count, columns, inside, above = 0, [], [], []
+    if len(group.points) > 0:
+        group = group._replace(lengthscales=_usual(group, values, rho))
     order = np.lexsort((group.rank, -group.lengthscales))
     levels = _levels(group.lengthscales[order], spread)
     number = np.full(len(order), np.iinfo(int).max)  # of the supernode of each
-    count, bounds = 0, [0]
-    columns, inside, above = [], [], []
     for start, stop in zip(levels[:-1], levels[1:]):
         members = order[start:stop]
         scale = float(group.lengthscales[members[-1]])
@@ -151,23 +188,23 @@ def _of_group(
         if values is not None:
             above.append(_parents(number[members], *values.near(points, radii), None))
         count += int(clusters.max()) + 1
-        bounds.append(count)
-    parts = _join(columns), _join(inside), _join(above)
-    sizes = np.stack([part.lengths(count) for part in parts], axis=1)
-    out = []
-    for start, stop in _similar(bounds, sizes):
-        fill = len(group.points), len(group.points), 0
-        if values is not None:
-            fill = len(group.points), len(group.points), len(values.members)
-        c, i, a = (p.padded(start, stop, f) for p, f in zip(parts, fill))
-        of_values = values is None
-        out.append(Supernodes(c, *((i, a) if of_values else (a, i)), of_values))
-    return out
+    join = _Ragged.join
+    return _Nodes(join(columns), join(inside), join(above), count)
+
+
+def _usual(group: Group, values: _Level | None, rho: float) -> Float[ndarray, " n"]:
+    # Lengthscales, but none far below the spacing around: a few of many random points
+    # are very close, and would each be a supernode.
+    every = _Level.of(group, np.arange(len(group.points)))
+    enough = _enough(group.points, (values, every), rho)
+    return np.maximum(group.lengthscales, enough / rho)
 
 
 def _levels(lengthscales: ndarray, spread: float) -> list[int]:
     # Where the levels start, in each of which lengthscales differ by at most a factor.
     # The first lengthscales may be infinite.
+    if len(lengthscales) == 0:
+        return [0]
     finite = lengthscales[np.isfinite(lengthscales)]
     if len(finite) == 0:
         return [0, len(lengthscales)]
@@ -187,17 +224,20 @@ def _clusters(group: Group, members, radius: float) -> Int[ndarray, " m"]:
     return np.unique(nearest, return_inverse=True)[1]
 
 
-def _radii(group: Group, members, level: _Level, values, rho: float):
-    # Some lengthscales, or as far as there are as many points as would be in half a
-    # ball on a regular grid: the lengthscale of one of two very close points is no
-    # measure of how far others are.
-    points, dim = group.points[members], group.points.shape[1]
-    count = math.ceil(0.5 * num_in_ball(dim, rho))
-    trees = [v.tree for v in (values, level) if v is not None and v.tree is not None]
-    enough = np.min([neighbour_distances(t, points, count) for t in trees], axis=0)
+def _radii(group: Group, members, level: _Level, values: _Level | None, rho: float):
+    # Some lengthscales, or as far as is enough: the lengthscale of one of two very
+    # close points is no measure of how far others are.
+    enough = _enough(group.points[members], (values, level), rho)
     radii = np.maximum(rho * group.lengthscales[members], enough)
     diameter = np.linalg.norm(np.ptp(group.points, axis=0))
     return np.minimum(radii, 2 * diameter + 1) * (1 + 1e-9)
+
+
+def _enough(points: ndarray, levels, rho: float) -> Float[ndarray, " m"]:
+    # As far as there are as many points as would be in half a ball on a regular grid.
+    count = math.ceil(0.5 * num_in_ball(points.shape[1], rho))
+    trees = [v.tree for v in levels if v is not None and v.tree is not None]
+    return np.min([neighbour_distances(t, points, count) for t in trees], axis=0)
 
 
 def _parents(numbers, member, near, number_of) -> _Ragged:
@@ -211,20 +251,39 @@ def _parents(numbers, member, near, number_of) -> _Ragged:
     return _Ragged(keys // size, keys % size)
 
 
-# So many pairs of functionals take as long as compiling one more shape.
-_PAIRS_PER_SHAPE = 3e7
+# Seconds that factorising a supernode takes for each pair of its functionals, and for
+# each three; and how many are worth another shape, which has to be compiled.
+_PAIR, _TRIPLE, _SHAPE = 5e-9, 7e-11, 1.0
 
 
-def _similar(bounds: list[int], sizes: ndarray) -> list[tuple[int, int]]:
-    # Neighbouring levels are put together, those first for which it costs least.
-    def cost(start, stop):
-        return (stop - start) * float(sizes[start:stop].max(axis=0).sum()) ** 2
+def _similar(nodes: _Nodes) -> list[Int[ndarray, " s"]]:
+    # Which supernodes are filled up to the same sizes: first those that are about
+    # equal, and then always those for which it costs least.
+    if nodes.number == 0:
+        return []
+    ragged = nodes.columns, nodes.inside, nodes.above
+    sizes = np.stack([x.lengths(nodes.number) for x in ragged], axis=1)
+    sizes = np.concatenate([sizes, sizes[:, 1:].sum(axis=1, keepdims=True)], axis=1)
 
-    bounds = list(bounds)
-    while len(bounds) > 2:
-        triples = list(zip(bounds, bounds[1:], bounds[2:]))
-        extra = [cost(a, c) - cost(a, b) - cost(b, c) for a, b, c in triples]
-        if min(extra) > _PAIRS_PER_SHAPE:
+    def seconds(count, sizes):
+        padded = sizes[..., :3].sum(axis=-1)
+        packed = sizes[..., 0] + sizes[..., 3]
+        return count * (_PAIR * padded**2 + _TRIPLE * packed**3)
+
+    classes = np.ceil(np.log(np.maximum(sizes, 1)) / math.log(1.2))
+    classes = np.unique(classes, axis=0, return_inverse=True)[1].reshape(-1)
+    groups = [np.flatnonzero(classes == i) for i in range(classes.max() + 1)]
+    count = np.array([float(len(g)) for g in groups])
+    largest = np.stack([sizes[g].max(axis=0) for g in groups]).astype(float)
+    while len(groups) > 1:
+        alone = seconds(count, largest)
+        together = np.maximum(largest[:, None], largest[None])
+        extra = seconds(count[:, None] + count, together) - alone[:, None] - alone
+        np.fill_diagonal(extra, np.inf)
+        i, j = sorted(np.unravel_index(np.argmin(extra), extra.shape))
+        if extra[i, j] > _SHAPE:
             break
-        del bounds[int(np.argmin(extra)) + 1]
-    return list(zip(bounds[:-1], bounds[1:]))
+        groups[i] = np.concatenate([groups[i], groups.pop(j)])
+        largest[i], count[i] = together[i, j], count[i] + count[j]
+        largest, count = np.delete(largest, j, axis=0), np.delete(count, j)
+    return [np.sort(g) for g in groups]

@@ -16,14 +16,14 @@ from .._parameters import unwrap, value_of
 from .._problem import condition_name, names_of, Problem, row_order, trace_conditions
 from ._factor import Functionals, Pattern, Prior
 from ._layout import Layout, layout, Row, value_places
-from ._pattern import following, ordered, supernodes
+from ._pattern import following, Group, ordered, supernodes
 
 
 class Plan(eqx.Module):
     # Of the points, and of which derivatives are used: the same for all kernels,
     # targets and coefficients.
     layout: Layout
-    patterns: dict[str, tuple[Pattern, ...]]  # of the functionals of each unknown
+    patterns: dict[str, Pattern]  # of the functionals of each unknown
     conditions: "ConditionsPlan"
 
     def priors(self, problem: Problem, jacobians, nugget) -> dict[str, Prior]:
@@ -35,7 +35,7 @@ class Plan(eqx.Module):
 class ConditionsPlan(eqx.Module):
     # For a factor of the conditions' own covariance: those that read values only come
     # first, then those with derivatives.
-    pattern: tuple[Pattern, ...]
+    pattern: Pattern
     order: Int[Array, " M"]
     inverse: Int[Array, " M"]
 
@@ -63,7 +63,7 @@ def plan(
         values = ordered(points)
         others = [rows[u.row].points for u in whole.uses if u.unknown == name]
         others = np.concatenate([points[:0], *others])
-        patterns[name] = _patterns(values, following(others, values), rho)
+        patterns[name] = _pattern(values, following(others, values), rho)
     return Plan(whole, patterns, _of_conditions(rows, rho_conditions))
 
 
@@ -97,10 +97,9 @@ def _rows(prior: Any, conditions: Sequence[Condition]) -> list[Row]:
     return [rows[i] for i in row_order(traces)]
 
 
-def _patterns(values, others, rho) -> tuple[Pattern, ...]:
-    sizes = len(values.points), len(others.points)
-    nodes = supernodes(values, others, rho)
-    return tuple(Pattern.of(part, *sizes) for part in nodes)
+def _pattern(values: Group, others: Group, rho: tuple[float, float]) -> Pattern:
+    size = len(values.points) + len(others.points)
+    return Pattern.of(tuple(supernodes(values, others, rho)), size)
 
 
 def _groups(traces: Sequence[Trace]) -> tuple[list[int], list[int]]:
@@ -122,7 +121,7 @@ def _of_conditions(rows: Sequence[Row], rho: float) -> ConditionsPlan:
     ends = np.cumsum([len(row.points) * row.trace.size for row in rows])
     index = np.split(np.arange(ends[-1]), ends[:-1])
     order = np.concatenate([index[i] for i in first + second])
-    pattern = _patterns(values, others, (rho, rho))
+    pattern = _pattern(values, others, (rho, rho))
     return ConditionsPlan(pattern, jnp.asarray(order), jnp.asarray(np.argsort(order)))
 
 

@@ -2,11 +2,11 @@
 
 A covariance matrix M is that of parents first, P, and then of columns. With
 
-    x_c = W^T x_p + L e,    e ~ N(0, I),    W = P^-1 M_pc,   L L^T = S = M_cc - W^T M_pc,
+    x_c = W^T x_p + L e,   e ~ N(0, I),   W = P^-1 M_pc,   L L^T = S = M_cc - W^T M_pc,
 
-the columns and their parents contribute (M^-1 - P^-1) = G S^-1 G^T, G = [-W; I], to the
-precision of all. Derivatives need products with dM only: no factorisation is
-differentiated, and no difference of large numbers is taken.
+they contribute M^-1 - P^-1 = G S^-1 G^T, where G = [-W; I], to the precision of all.
+Derivatives need products with dM only: no factorisation is differentiated, and no
+difference of large numbers is taken.
 """
 
 from functools import partial
@@ -28,7 +28,8 @@ def regression(
 
 @regression.defjvp
 def _(num_columns, primals, tangents):
-    factor = _Factor.of(*primals, num_columns)
+    matrix, fill = primals
+    factor = _Factor.of(matrix, fill, num_columns)
     weights, root = factor.regression()
     # dW = P^-1 (dM G)_p and dS = G^T dM G
     change = factor.masked(tangents[0])

@@ -80,16 +80,14 @@ class SparseCholesky(AbstractSystem):
         return 0.125 * rounding_of_sums(problem)
 
     def no_factor(self, problem):
-        def factors():
-            linearised = linearise(problem, prior_z(problem))
-            zero = jnp.zeros((), problem.dtype)
-            prior = self._factors(self._priors(problem, linearised, zero))
-            small = self._small(problem, linearised, zero)
-            return _Factor(prior, small, linearised.jacobians, zero)
-
-        struct = eqx.filter_eval_shape(factors)
-        none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), struct)
-        return eqx.tree_at(lambda f: f.nugget, none, none.nugget - 1)
+        dtype, plan = problem.dtype, self.plan
+        prior = {n: SparseFactor.none(p, dtype) for n, p in plan.patterns.items()}
+        small = SparseFactor.none(plan.conditions.pattern, dtype)
+        jacobians = eqx.filter_eval_shape(
+            linearise, problem, prior_z(problem)
+        ).jacobians
+        jacobians = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jacobians)
+        return _Factor(prior, small, jacobians, jnp.array(-1.0, dtype))
 
     def regress(self, problem, linearised, jitter, last):
         before, start = last
