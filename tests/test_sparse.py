@@ -207,6 +207,27 @@ def test_exact_if_all_are_parents(d, nu, others):
 
 
 @pytest.mark.parametrize("seconds_per_shape", (0.0, 1.0))
+@pytest.mark.parametrize("seed", (0, 1, 2))
+def test_covariances_of_supernodes(seed, seconds_per_shape, monkeypatch):
+    # However they are filled up and packed.
+    monkeypatch.setattr(_pattern, "_SHAPE", seconds_per_shape)
+    points = random_points(60, 2, seed)
+    values = Block(jnp.asarray(points), None, (("u", (0, 0)),))
+    functionals = Functionals(values, laplacian(points[:30]))
+    parts = supernodes(*groups(points, points[:30]), (2.0, 1.5))
+    kernels = {"u": unwrap(eb.Matern(0.5, nu=3.5))}
+    expected = dense_covariance(kernels, functionals)
+    prior = Prior(kernels, functionals, NUGGET)
+    for part in parts:
+        matrices, fill = jax.vmap(lambda node: prior.of_node(node))(part)
+        every = np.concatenate([part.parents, part.columns], axis=1)
+        assert np.array_equal(fill, every == 90)
+        for matrix, used, index in zip(np.asarray(matrices), every < 90, every):
+            index = index[used]
+            close(matrix[used][:, used], expected[np.ix_(index, index)], 1e-12)
+
+
+@pytest.mark.parametrize("seconds_per_shape", (0.0, 1.0))
 def test_products_and_solves(seconds_per_shape, monkeypatch):
     monkeypatch.setattr(_pattern, "_SHAPE", seconds_per_shape)
     factor = factorise(*stated(2, 60, laplacian, 3.5, rho=2.0), NUGGET)

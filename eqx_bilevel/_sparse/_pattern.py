@@ -56,7 +56,8 @@ class Supernodes(NamedTuple):
     # `s` supernodes of similar sizes. `parents` and `columns` are counted over all
     # functionals, values first, and filled up with their number. `values` and `others`
     # are those in each group, and `packed` which of them, one after the other, are the
-    # parents and columns. `number` is that in an order in which parents come first.
+    # parents and columns: all, or fewer. `number` is that in an order in which parents
+    # come first.
     values: Int[Any, "s v"]
     others: Int[Any, "s o"]
     packed: Int[Any, "s p+c"]
@@ -130,6 +131,8 @@ def _packed(
     # Those that are used first, and as many as are used anywhere.
     order = np.argsort(parents == total, axis=1, kind="stable")
     order = order[:, : np.max(np.sum(parents < total, axis=1), initial=0)]
+    if order.shape == parents.shape:  # Nothing is gained.
+        order = np.broadcast_to(np.arange(order.shape[1]), order.shape)
     last = np.arange(columns.shape[1]) + parents.shape[1]
     packed = np.concatenate([order, np.broadcast_to(last, columns.shape)], axis=1)
     every = np.concatenate([parents, columns], axis=1)
