@@ -206,11 +206,8 @@ def test_exact_if_all_are_parents(d, nu, others):
     close(factor.covariance(vector), matrix @ np.asarray(vector), 1e-8)
 
 
-@pytest.mark.parametrize("seconds_per_shape", (0.0, 1.0))
-@pytest.mark.parametrize("seed", (0, 1, 2))
-def test_covariances_of_supernodes(seed, seconds_per_shape, monkeypatch):
-    # However they are filled up and packed.
-    monkeypatch.setattr(_pattern, "_SHAPE", seconds_per_shape)
+@pytest.mark.parametrize("seed, packed", ((0, True), (5, False)))
+def test_covariances_of_supernodes(seed, packed):
     points = random_points(60, 2, seed)
     values = Block(jnp.asarray(points), None, (("u", (0, 0)),))
     functionals = Functionals(values, laplacian(points[:30]))
@@ -221,6 +218,8 @@ def test_covariances_of_supernodes(seed, seconds_per_shape, monkeypatch):
     for part in parts:
         matrices, fill = jax.vmap(lambda node: prior.of_node(node))(part)
         every = np.concatenate([part.parents, part.columns], axis=1)
+        more = part.values.shape[1] + part.others.shape[1] - every.shape[1]
+        assert part.others.size == 0 or (more > 0) == packed
         assert np.array_equal(fill, every == 90)
         for matrix, used, index in zip(np.asarray(matrices), every < 90, every):
             index = index[used]
