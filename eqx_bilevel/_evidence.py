@@ -51,16 +51,37 @@ class NegativeLogEvidence(AbstractWholeObjective):
     function of the unknowns changes it, and with many collocation points it outweighs
     the data.
 
-    It needs $M^2$ memory.
+    It needs $M^2$ memory; but the evidence of all conditions does not where there is no
+    matrix, that is with [`eqx_bilevel.SparseCholesky`][] and
+    [`eqx_bilevel.MatrixFree`][]. The logarithm of the determinant is estimated there,
+    from random vectors that are the same each time: by stochastic Lanczos quadrature of
+    the preconditioned matrix, so that most of it is exact. This needs matfree, an
+    optional dependency: `pip install "eqx_bilevel[scale]"`.
+
+    ??? cite "Reference"
+
+        S. Ubaru, J. Chen and Y. Saad, *Fast estimation of tr(f(A)) via stochastic
+        Lanczos quadrature*, SIAM J. Matrix Anal. Appl. 38 (2017).
     """
 
     conditions: tuple[str, ...] | None = eqx.field(static=True)
+    num_probes: int = eqx.field(static=True)
 
-    def __init__(self, conditions: str | Sequence[str] | None = None):
+    def __init__(
+        self, conditions: str | Sequence[str] | None = None, *, num_probes: int = 16
+    ):
         names = (conditions,) if isinstance(conditions, str) else conditions
         self.conditions = None if names is None else tuple(names)
+        if not isinstance(num_probes, int) or num_probes < 1:
+            raise ValueError(
+                f"`num_probes` must be a positive integer, got {num_probes}."
+            )
+        self.num_probes = num_probes
 
     def __call__(self, solution: Solution) -> Float[Array, ""]:
+        if self.conditions is None and not solution._has_matrix:
+            squares, determinant = solution._density(self.num_probes)
+            return _log_density(solution._linearised.rhs, determinant, squares)
         names = self.conditions or [r.name for r in solution._problem.rows]
         values, covariance = solution._predicted(names)
         weights = positive_solve(covariance, values[:, None])[:, 0]
@@ -75,10 +96,14 @@ NegativeLogEvidence.__init__.__doc__ = """**Arguments:**
 
 - `conditions`: The name or names of the conditions whose targets these are. Default:
     the targets of all of them.
+- `num_probes`: How many random vectors estimate the determinant where there is no
+    matrix. With $n$ of them, the error of its gradient is typically about
+    $\\sqrt{2 / (M n)}$, relatively.
 
 **Raises:**
 
-A `ValueError` when it is used, if there is no such condition.
+A `ValueError` if `num_probes` is not a positive integer; and when it is used, if there
+is no such condition. An `ImportError` if matfree is needed and not installed.
 """
 
 

@@ -292,9 +292,10 @@ GaussNewton.__init__.__doc__ = """**Arguments:**
 - `linear_solver`: A direct Lineax solver for symmetric positive definite matrices, an
     [`eqx_bilevel.SparseCholesky`][] or an [`eqx_bilevel.MatrixFree`][]. (An iterative
     one of Lineax, such as `lx.CG`, leaves errors that `result` does not see.) Default:
-    `lx.Cholesky()`; `SparseCholesky()` if conditions have more than 8000 targets, the
+    `lx.Cholesky()`; `SparseCholesky()` if conditions have more than 8000 targets, or
+    fewer if the Gram matrix takes more than an eighth of the device's memory, the
     kernels are of finite smoothness and the points, in at most three dimensions, are
-    known; and otherwise `MatrixFree()` if they have more than 20 000.
+    known; and otherwise `MatrixFree()` if the Gram matrix takes more than that.
 - `verbose`: Whether to print one line for each step; or a function that is called with
     keyword arguments `name=(description, value)` instead, as in Optimistix.
 """

@@ -1,6 +1,6 @@
 """A preconditioner for Gram matrices whose eigenvalues decrease fast."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -9,6 +9,7 @@ import jax.scipy.linalg as jsl
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ._determinant import Whitening
 from ._gram import Block, covariance, Kernels, one_by_one, one_sides, variances
 from ._mesh import padded, shared, tall_qr
 
@@ -40,16 +41,33 @@ class LowRank(eqx.Module):
         self.rest = rest
 
     def __call__(self, vector: Float[Array, " M"]) -> Float[Array, " M"]:
-        rest = shared(padded(self.root * vector))
+        both = lambda x: self._divide(self._divide(x, 1), 0)
+        return self.root * self._on_basis(both, self.root * vector)
+
+    @property
+    def whitening(self) -> Whitening:
+        # Its root, N^-1/2 (1 - Q Q^T + Q inner^-1 Q^T), and minus its determinant.
+        forth = lambda x: self._on_basis(lambda c: self._divide(c, 0), x)
+        back = lambda x: self._on_basis(lambda c: self._divide(c, 1), x)
+        logarithm = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(self.inner))))
+        return Whitening(
+            lambda v: self.root * forth(v),
+            lambda v: back(self.root * v),
+            2 * (logarithm - jnp.sum(jnp.log(self.root))),
+        )
+
+    def _divide(self, coefficients: Float[Array, " r"], trans: int):
+        return jsl.solve_triangular(self.inner, coefficients, trans=trans)
+
+    def _on_basis(self, change: Callable, vector: Float[Array, " M"]):
+        # Changes coefficients of the basis, and leaves alone what is orthogonal to it.
+        rest = shared(padded(vector))
         coefficients = jnp.zeros_like(self.inner[0])
         # Once is not enough: it leaves rounding of what is large.
         for _ in range(2):
             more = self.basis.T @ rest
             rest, coefficients = rest - self.basis @ more, coefficients + more
-        small = jsl.solve_triangular(self.inner, coefficients, trans=1)
-        small = jsl.solve_triangular(self.inner, small)
-        out = rest + self.basis @ small
-        return self.root * out[: len(vector)]
+        return (rest + self.basis @ change(coefficients))[: len(vector)]
 
 
 # Functionals that are chosen at once, at most.

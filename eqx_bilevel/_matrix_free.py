@@ -77,6 +77,9 @@ class MatrixFree(AbstractKernelSystem):
         product, start = self._product(problem, linearised), jnp.zeros_like(vector)
         return iteration.solve(product, vector, start)[0]
 
+    def whitening(self, factor):
+        return factor.whitening
+
     def posterior(self, problem, linearised, jitter, factor):
         return _Posterior(self, problem, linearised, jitter, factor)
 

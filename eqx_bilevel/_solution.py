@@ -12,7 +12,9 @@ import numpy as np
 import wadler_lindig as wl
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
+from ._adjoint import without_gradient
 from ._closure import function_as_pytree
+from ._determinant import log_determinant
 from ._geometry import as_key
 from ._gram import Block, dense, GramOperator
 from ._jets import (
@@ -316,6 +318,26 @@ class Solution(eqx.Module):
     def _solve(self, vector: Float[Array, " M"]) -> Float[Array, " M"]:
         problem, linearised, factor = self._at
         return self._system.solve(problem, linearised, self._jitter, factor, vector)
+
+    @property
+    def _has_matrix(self) -> bool:
+        return isinstance(self._system, DenseSystem)
+
+    def _density(self, num_probes: int) -> tuple[Array, Array]:
+        # Without a matrix: v^T G^-1 v and log det G, differentiable in v and G.
+        def product(solution):
+            added = noise(solution._problem, solution._jitter)
+            changes = lambda w: solution._system.changes(*solution._at, w)[0]
+            return lambda w: changes(w) + added.mv(w)
+
+        fixed = without_gradient(self)
+        whitening = fixed._system.whitening(fixed._factor)
+        shape, dtype = (num_probes, self._problem.size), self._problem.dtype
+        probes = jax.random.normal(jax.random.key(0), shape, dtype)
+        multiply, weights = product(self), fixed.weights
+        squares = 2 * weights @ self._linearised.rhs - weights @ multiply(weights)
+        determinant = log_determinant(multiply, product(fixed), whitening, probes)
+        return squares, determinant
 
     def _operators(self, operator: Callable | None) -> dict[str, Callable]:
         names, single = self._unknowns

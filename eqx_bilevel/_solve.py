@@ -1,6 +1,8 @@
 """The inner problem's entry point."""
 
 import dataclasses
+import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -121,10 +123,21 @@ def check_solver(solver: Any, adjoint: Any) -> None:
         )
 
 
-# Targets. A dense matrix takes 0.5 GB for the first number of them, and 3 GB for the
-# second, some times over.
+# So many targets are solved for sooner with sparse factors.
 _MANY = 8000
-_MOST_DENSE = 20000
+
+
+def _most_dense() -> int:
+    # So many targets' Gram matrix takes an eighth of the device's memory: factors, and
+    # what comes before them, take as much some times over.
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is not None and "bytes_limit" in stats:
+        room = stats["bytes_limit"]
+    elif hasattr(os, "sysconf"):
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:  # Unknown, as on Windows.
+        room = 24 * 2**30
+    return math.isqrt(room // 64)
 
 
 def with_system(
@@ -140,10 +153,10 @@ def with_system(
 
 
 def _chosen(prior: Any, conditions: Sequence[Condition]) -> AbstractSystem | None:
-    num = sum(c.num_targets for c in conditions)
-    if num > _MANY and _has_sparse_factors(prior, conditions):
+    num, most = sum(c.num_targets for c in conditions), _most_dense()
+    if num > min(_MANY, most) and _has_sparse_factors(prior, conditions):
         return SparseCholesky()
-    return MatrixFree() if num > _MOST_DENSE else None
+    return MatrixFree() if num > most else None
 
 
 def _has_sparse_factors(prior: Any, conditions: Sequence[Condition]) -> bool:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ._determinant import Whitening
 from ._gram import (
     Block,
     covariance,
@@ -198,6 +199,11 @@ class AbstractSystem(eqx.Module):
         pass
 
     @abc.abstractmethod
+    def whitening(self, factor: PyTree[Array]) -> Whitening:
+        # About that of G; but only where there is no matrix.
+        pass
+
+    @abc.abstractmethod
     def gram(
         self, problem: Problem, linearised: Linearised, jitter: Float[Array, ""]
     ) -> GramOperator:
@@ -322,6 +328,9 @@ class DenseSystem(AbstractKernelSystem):
     def solve(self, problem, linearised, jitter, factor, vector):
         operator = self.gram(problem, linearised, jitter)
         return gram_solve(operator, vector, self.linear_solver, factor)
+
+    def whitening(self, factor):
+        raise NotImplementedError("The matrix is known.")
 
     def posterior(self, problem, linearised, jitter, factor):
         read, functionals = z_functionals(problem), linearised.functionals

@@ -4,6 +4,7 @@ import equinox as eqx
 import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import optimistix as optx
 import pytest
@@ -340,3 +341,54 @@ def test_least_squares_solver_needs_squares():
     solver = optx.LevenbergMarquardt(1e-3, 1e-3)
     with pytest.raises(ValueError, match="no sum of squares"):
         eb.learn(prior, conditions, eb.NegativeLogEvidence(), solver)
+
+
+#
+# Without a matrix
+#
+
+
+SYSTEMS = dict(
+    sparse=eb.SparseCholesky((1e3, 1e3), rho_conditions=2.0, rtol=1e-11),
+    # Of too low a rank to be all there is.
+    matrix_free=eb.MatrixFree(rank=20, rtol=1e-11),
+)
+PLACES = np.random.default_rng(0).random((50, 2))
+
+
+def _at(parameters, linear_solver, objective):
+    steep = lambda u, x: u.value + 0.1 * u.d(0)
+    kernel = parameters["variance"] * eb.Matern(parameters["lengthscale"], nu=3.5)
+    conditions = [
+        eb.Condition(value, PLACES[:20], lambda x: x[0], noise=0.1),
+        eb.Condition(
+            steep, PLACES[20:], lambda x: jnp.sin(5 * x[1]), noise=parameters["noise"]
+        ),
+    ]
+    solver = eb.GaussNewton(linear_solver=linear_solver)
+    return objective(eb.solve(eb.GaussianProcess(kernel), conditions, solver))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_evidence_without_a_matrix(name, monkeypatch):
+    parameters = dict(variance=1.5, lengthscale=0.6, noise=0.2)
+    parameters = jax.tree.map(jnp.asarray, parameters)
+
+    def evidence(linear_solver, num_probes):
+        objective = eb.NegativeLogEvidence(num_probes=num_probes)
+        fn = lambda p: _at(p, linear_solver, objective)
+        return jax.jit(jax.value_and_grad(fn))(parameters)
+
+    exact, slope = evidence(lx.Cholesky(), 1)
+    # With few random vectors.
+    found, estimate = evidence(SYSTEMS[name], 16)
+    assert abs(found - exact) < 1.0
+    for key in parameters:
+        assert abs(estimate[key] - slope[key]) < 0.3 * abs(slope[key]) + 1
+    # And if they are an orthogonal basis then nothing is random.
+    basis = lambda key, shape, dtype: np.sqrt(50) * jnp.eye(50, dtype=dtype)
+    monkeypatch.setattr(jax.random, "normal", basis)
+    found, estimate = evidence(SYSTEMS[name], 50)
+    assert np.isclose(found, exact, rtol=1e-8)
+    for key in parameters:
+        assert np.isclose(estimate[key], slope[key], rtol=1e-5), key

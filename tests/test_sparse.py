@@ -12,6 +12,7 @@ from eqx_bilevel._gram import Block, covariance
 from eqx_bilevel._linearised import linearise
 from eqx_bilevel._parameters import unwrap
 from eqx_bilevel._problem import build
+from eqx_bilevel._solve import _most_dense
 from eqx_bilevel._sparse import _pattern
 from eqx_bilevel._sparse._factor import (
     covariance_product,
@@ -609,9 +610,16 @@ def test_chosen_where_there_are_many_points(monkeypatch):
     assert chosen(prior, conditions) == eb.SparseCholesky
     assert chosen(prior, conditions[:1]) == lx.Cholesky
     assert chosen(smooth, conditions) == lx.Cholesky
-    monkeypatch.setattr("eqx_bilevel._solve._MOST_DENSE", 30)
+    # And as if there were little memory: for a matrix of 31 targets and no more.
+    with monkeypatch.context() as patch:
+        memory = dict(SC_PHYS_PAGES=8, SC_PAGE_SIZE=8 * 31**2)
+        patch.setattr("os.sysconf", memory.get)
+        assert _most_dense() == 31
+    monkeypatch.setattr("eqx_bilevel._solve._MANY", 8000)
+    monkeypatch.setattr("eqx_bilevel._solve._most_dense", lambda: 31)
     assert chosen(prior, conditions) == eb.SparseCholesky
     assert chosen(smooth, conditions) == eb.MatrixFree
+    assert chosen(smooth, conditions[:1]) == lx.Cholesky
 
 
 def test_learn_with_some_of_the_points():

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._condition import Condition
 from .._conjugate_gradients import ConjugateGradients
+from .._determinant import Whitening
 from .._gram import Block
 from .._linearised import (
     join,
@@ -41,9 +42,9 @@ class SparseCholesky(AbstractSystem):
     the values around it: each depends on others at most `rho` times their spacing away.
     The error of this decreases exponentially with `rho`.
 
-    What it does not offer: conditions with `quadrature`; the evidence and
-    cross-validation; points that are traced, since orderings and neighbours are found
-    before anything is compiled.
+    What it does not offer: conditions with `quadrature`; the evidence of some of the
+    conditions and cross-validation; points that are traced, since orderings and
+    neighbours are found before anything is compiled.
 
     ??? cite "References"
 
@@ -126,6 +127,14 @@ class SparseCholesky(AbstractSystem):
         start = jax.lax.stop_gradient(self._precondition(factor, vector))
         return iteration.solve(product, vector, start)[0]
 
+    def whitening(self, factor):
+        conditions, small = self.plan.conditions, factor.conditions
+        return Whitening(
+            lambda v: small.multiply(v)[conditions.inverse],
+            lambda v: small.multiply_transposed(v[conditions.order]),
+            small.log_determinant(),
+        )
+
     def changes(self, problem, linearised, factor, weights):
         conditions = problem.conditions
         jacobians = _of_conditions(problem, linearised)
@@ -205,8 +214,8 @@ class SparseCholesky(AbstractSystem):
     def gram(self, problem, linearised, jitter):
         raise ValueError(
             "This needs the Gram matrix as a whole, which `SparseCholesky` does not "
-            "have: evidence, cross-validation, standardised errors and the condition "
-            "number are available with `lineax.Cholesky()` only."
+            "have: evidence of some conditions, cross-validation, standardised errors "
+            "and the condition number are available with `lineax.Cholesky()` only."
         )
 
     #
