@@ -163,7 +163,7 @@ def stated(d, n, others, nu, rho):
     values = Block(jnp.asarray(points), None, (("u", (0,) * d),))
     functionals = Functionals(values, others(points[: n // 2]))
     parts = supernodes(*groups(points, points[: n // 2]), (rho, rho))
-    pattern = Pattern.of(tuple(parts), n + n // 2)
+    pattern = Pattern.of(parts, n + n // 2)
     kernels = {"u": unwrap(eb.Matern(0.5, nu=nu))}
     return kernels, functionals, pattern
 
@@ -276,7 +276,7 @@ def test_error_decreases_exponentially(nu):
     found = []
     for rho in (1.5, 3.0, 4.5, 6.0):
         parts = supernodes(*groups(points, points[:50]), (rho, rho))
-        pattern = Pattern.of(tuple(parts), len(points) + 50)
+        pattern = Pattern.of(parts, len(points) + 50)
         factor = eqx.filter_jit(factorise)(kernels, functionals, pattern, NUGGET)
         found.append(divergence(np.asarray(dense_factor(factor)), matrix))
     assert all(4 * after < before for before, after in zip(found, found[1:])), found

@@ -165,7 +165,8 @@ class SparseFactor(eqx.Module):
             index = node.parents, node.columns
             return jnp.concatenate(index), jnp.concatenate(added)
 
-        return self._one_by_one(change, vector, reverse=True)
+        width = max(sum(p.weights.shape[1:]) for p in self.parts)
+        return self._one_by_one(change, width, vector, reverse=True)
 
     def solve_transposed(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
         # U^-T v: what a draw of independent standard normal numbers becomes.
@@ -174,32 +175,27 @@ class SparseFactor(eqx.Module):
             added = node.cholesky @ v + x[node.parents] @ node.weights - v
             return node.columns, added
 
-        return self._one_by_one(change, vector)
+        width = max(p.weights.shape[2] for p in self.parts)
+        return self._one_by_one(change, width, vector)
 
-    def _one_by_one(self, change: Callable, vector, reverse: bool = False):
-        # Where and what each supernode adds, in their order.
+    def _one_by_one(self, change: Callable, width: int, vector, reverse: bool = False):
+        # Where and what each supernode adds, in their order: filled up to one width.
         def of(part: _Part):
-            return lambda row, x: change(jax.tree.map(lambda a: a[row], part), x)
+            def branch(row, x):
+                index, added = change(jax.tree.map(lambda a: a[row], part), x)
+                more = 0, width - len(index)
+                index = jnp.pad(index, more, constant_values=self.size)
+                return index, jnp.pad(added, more)
 
-        branches, x = [of(part) for part in self.parts], _extended(vector)
-        sizes = [jax.eval_shape(b, self.order[1][0], x)[0].size for b in branches]
+            return branch
 
-        def filled(branch, size):
-            width = 0, max(sizes) - size
-
-            def same_size(row, x):
-                index, added = branch(row, x)
-                index = jnp.pad(index, width, constant_values=self.size)
-                return index, jnp.pad(added, width)
-
-            return same_size
-
-        branches = list(map(filled, branches, sizes))
+        branches = [of(part) for part in self.parts]
 
         def step(x, at):
             index, added = jax.lax.switch(at[0], branches, at[1], x)
             return x.at[index].add(added), None
 
+        x = _extended(vector)
         return jax.lax.scan(step, x, self.order, reverse=reverse)[0][:-1]
 
     def covariance(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:

@@ -71,7 +71,7 @@ def supernodes(
     others: Group,
     rho: tuple[float, float],
     spread: float = 1.5,
-) -> list[Supernodes]:
+) -> tuple[Supernodes, ...]:
     # `rho` is how many lengthscales away parents are, for each group. `spread` is the
     # factor between the lengthscales in one supernode.
     size, finest = (len(values.points), len(others.points)), _Level.all_of(values)
@@ -81,7 +81,7 @@ def supernodes(
     for rows in _similar(second):
         part = _packed(second, rows, size, False)
         out.append(part._replace(number=part.number + first.number))
-    return out
+    return tuple(out)
 
 
 class _Ragged(NamedTuple):
@@ -97,14 +97,11 @@ class _Ragged(NamedTuple):
     def lengths(self, num_rows: int) -> Int[ndarray, " r"]:
         return np.bincount(self.row, minlength=num_rows)
 
-    def padded(self, rows: Int[ndarray, " s"], fill: int) -> Int[ndarray, "s width"]:
-        # Some of the rows.
-        first, end = (
-            np.searchsorted(self.row, rows),
-            np.searchsorted(self.row, rows + 1),
-        )
+    def padded(self, rows: Int[ndarray, " s"]) -> Int[ndarray, "s width"]:
+        # Some of the rows, filled up with -1.
+        first, end = (np.searchsorted(self.row, rows + i) for i in (0, 1))
         index = first[:, None] + np.arange(np.max(end - first, initial=0))
-        entries = np.append(self.entry, fill)
+        entries = np.append(self.entry, -1)
         return entries[np.where(index < end[:, None], index, -1)]
 
 
@@ -124,9 +121,9 @@ def _packed(
     own = 0 if of_values else num_values
     inside, columns = (
         np.where(x < 0, total, x + own)
-        for x in (nodes.inside.padded(rows, -1), nodes.columns.padded(rows, -1))
+        for x in (nodes.inside.padded(rows), nodes.columns.padded(rows))
     )
-    above = nodes.above.padded(rows, -1)
+    above = nodes.above.padded(rows)
     parents = np.concatenate([np.where(above < 0, total, above), inside], axis=1)
     # Those that are used first, and as many as are used anywhere.
     order = np.argsort(parents == total, axis=1, kind="stable")
@@ -171,9 +168,11 @@ class _Level(NamedTuple):
 
 
 def _of_group(group: Group, values: _Level | None, rho: float, spread: float) -> _Nodes:
+    join = _Ragged.join
+    if len(group.points) == 0:
+        return _Nodes(join([]), join([]), join([]), 0)
     count, columns, inside, above = 0, [], [], []
-    if len(group.points) > 0:
-        group = group._replace(lengthscales=_usual(group, values, rho))
+    group = group._replace(lengthscales=_usual(group, values, rho))
     order = np.lexsort((group.rank, -group.lengthscales))
     levels = _levels(group.lengthscales[order], spread)
     number = np.full(len(order), np.iinfo(int).max)  # of the supernode of each
@@ -191,23 +190,19 @@ def _of_group(group: Group, values: _Level | None, rho: float, spread: float) ->
         if values is not None:
             above.append(_parents(number[members], *values.near(points, radii), None))
         count += int(clusters.max()) + 1
-    join = _Ragged.join
     return _Nodes(join(columns), join(inside), join(above), count)
 
 
 def _usual(group: Group, values: _Level | None, rho: float) -> Float[ndarray, " n"]:
     # Lengthscales, but none far below the spacing around: a few of many random points
     # are very close, and would each be a supernode.
-    every = _Level.of(group, np.arange(len(group.points)))
-    enough = _enough(group.points, (values, every), rho)
+    enough = _enough(group.points, (values, _Level.all_of(group)), rho)
     return np.maximum(group.lengthscales, enough / rho)
 
 
 def _levels(lengthscales: ndarray, spread: float) -> list[int]:
     # Where the levels start, in each of which lengthscales differ by at most a factor.
     # The first lengthscales may be infinite.
-    if len(lengthscales) == 0:
-        return [0]
     finite = lengthscales[np.isfinite(lengthscales)]
     if len(finite) == 0:
         return [0, len(lengthscales)]

@@ -99,7 +99,7 @@ def _rows(prior: Any, conditions: Sequence[Condition]) -> list[Row]:
 
 def _pattern(values: Group, others: Group, rho: tuple[float, float]) -> Pattern:
     size = len(values.points) + len(others.points)
-    return Pattern.of(tuple(supernodes(values, others, rho)), size)
+    return Pattern.of(supernodes(values, others, rho), size)
 
 
 def _groups(traces: Sequence[Trace]) -> tuple[list[int], list[int]]:
