@@ -5,6 +5,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import wait
 from typing import Any
 
 import equinox as eqx
@@ -16,6 +17,7 @@ import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._adjoint import FixedPointAdjoint, FrozenAdjoint
+from ._ahead import not_collecting
 from ._checkpoint import Checkpoint
 from ._condition import Condition, GaussianProcess, is_concrete
 from ._fingerprint import fingerprint
@@ -42,6 +44,7 @@ from ._quasi_newton import BoundedBFGS
 from ._results import RESULTS
 from ._runs import (
     better_start,
+    compile_ahead,
     FEW_INNER_STEPS,
     first_stage,
     Limits,
@@ -388,18 +391,21 @@ def _learn(
     prior, conditions, task: Task, optimiser, num_scales, key, limits, record, file
 ) -> Learned:
     start = cold_start(prior, conditions)
-    if file is not None and file.exists():
-        record.note("Resuming.")
-        arguments = prior, conditions, task, optimiser, start, record, file
-        task, stage, tried = _resume(*arguments)
+    saved = file if file is not None and file.exists() else None
+    record.note("Compiling the solve." if saved is None else "Resuming.")
+    theta, given = partition(prior, conditions, task)
+    with not_collecting():
+        stage = first_stage(optimiser, theta, given, start)
+        ahead = compile_ahead(optimiser, stage, given, key)
+    wait(ahead[:1])
+    if saved is not None:
+        task, stage, tried = _resume(stage, given, start, record, saved)
     else:
-        tried: list[Tried] = []
-        if num_scales:
-            record.note("Compiling the scale search.")
-            prior, tried = _search(prior, conditions, task, start, num_scales, record)
+        prior, tried = _search(prior, conditions, task, start, num_scales, record)
         theta, task = partition(prior, conditions, task)
         record.note("Compiling the step.")
         if isinstance(optimiser, BoundedBFGS) and not tried:
+            wait(ahead)
             theta = better_start(optimiser, theta, task, start)
         stage = first_stage(optimiser, theta, task, start)
 
@@ -411,6 +417,7 @@ def _learn(
 
     # Before the first step, which may take minutes to compile.
     keep(stage)
+    wait(ahead)
     first_theta = stage.run.theta
     converged = minimise(optimiser, stage, task, key, record, limits, keep)
     theta = first_theta if record.outcome is None else record.outcome.theta
@@ -427,7 +434,11 @@ def _learn(
     )
 
 
-def _search(prior, conditions, task: Task, start: Start, num: int, record: Record):
+def _search(
+    prior, conditions, task: Task, start: Start, num: int, record: Record
+) -> tuple[Any, list[Tried]]:
+    if num == 0:
+        return prior, []
     few = with_inner_steps(task, FEW_INNER_STEPS)
 
     def value(lengths, candidate):
@@ -441,14 +452,12 @@ def _search(prior, conditions, task: Task, start: Start, num: int, record: Recor
 
 
 def _resume(
-    prior, conditions, task, optimiser, start, record, file
+    stage: Stage, task: Task, start: Start, record: Record, file: Checkpoint
 ) -> tuple[Task, Stage, list[Tried]]:
     # What is in the file has the structure that a new run begins with.
-    theta, task = partition(prior, conditions, task)
-    stage = first_stage(optimiser, theta, task, start)
     header, outcome = file.header(), None
     if header["found"]:
-        _, outcome = eqx.filter_eval_shape(evaluate, theta, task, start)
+        _, outcome = eqx.filter_eval_shape(evaluate, stage.run.theta, task, start)
     rest, stage, outcome = file.read((task.rest, stage, outcome))
     record.restore(header["rows"], header["seconds"], outcome)
     tried = [Tried(tuple(lengths), value) for lengths, value in header["tried"]]

@@ -5,6 +5,7 @@ All that changes in a run is a PyTree, which a checkpoint can keep.
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
@@ -16,8 +17,10 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
+from ._ahead import compiling, is_placed, stand_ins
 from ._outer import (
     evaluate,
+    Found,
     optax_step,
     optimistix_init,
     optimistix_step,
@@ -60,11 +63,17 @@ class _Taken(NamedTuple):
     converged: bool
 
 
-def _attempt(step: Callable, *args: Any) -> Any:
+class _Call(NamedTuple):
+    # Of the program that computes derivatives, and makes a step.
+    program: Callable
+    args: tuple
+
+
+def _attempt(call: _Call) -> Any:
     # Derivatives raise where a linear solve in them meets nan, which cannot be switched
     # off. That must not end the loop.
     try:
-        return step(*args)
+        return call.program(*call.args)
     except eqx.EquinoxRuntimeError:
         return None
 
@@ -79,10 +88,14 @@ class _OptaxRun(eqx.Module):
     length: float
     moved: bool
 
+    def call(self, optimiser, task: Task, found: Found, outcome: Outcome, key) -> _Call:
+        del outcome
+        args = optimiser, self.opt_state, self.theta, task, found, key
+        return _Call(optax_step, args)
+
     def step(self, optimiser, task: Task, key: PRNGKeyArray) -> "tuple[_Run, _Taken]":
         found, outcome = evaluate(self.theta, task, self.start)
-        args = optimiser, self.opt_state, self.theta, task, found, key
-        step = _attempt(optax_step, *args)
+        step = _attempt(self.call(optimiser, task, found, outcome, key))
         batch = np.nan if step is None else float(step.value)
         accepted = step is not None and bool(step.ok)
         if step is not None and accepted:
@@ -115,11 +128,14 @@ class _OptimistixRun(eqx.Module):
     done: bool
     before: float  # the objective of the last step that was accepted
 
-    def step(self, optimiser, task, key) -> "tuple[_Run, _Taken | None]":
+    def call(self, optimiser, task: Task, found: Found, outcome: Outcome, key) -> _Call:
         del key
-        found, outcome = evaluate(self.theta, task, self.start)
         args = optimiser, self.state, self.vector, self.theta, task, found, outcome
-        step = _attempt(optimistix_step, *args)
+        return _Call(optimistix_step, args)
+
+    def step(self, optimiser, task: Task, key) -> "tuple[_Run, _Taken | None]":
+        found, outcome = evaluate(self.theta, task, self.start)
+        step = _attempt(self.call(optimiser, task, found, outcome, key))
         if step is None:
             return self, None
         objective = float(step.outcome.objective)
@@ -174,8 +190,8 @@ def better_start(optimiser, theta: PyTree, task: Task, start: Start) -> PyTree:
     few = with_inner_steps(task, FEW_INNER_STEPS)
     state = optimistix_init(optimiser, theta, task, start)
     found, outcome = evaluate(theta, task, start)
-    args = state, vector, theta, task, found, outcome
-    step = _attempt(optimistix_step, optimiser, *args)
+    args = optimiser, state, vector, theta, task, found, outcome
+    step = _attempt(_Call(optimistix_step, args))
     if step is None:
         return theta
 
@@ -219,6 +235,24 @@ class Stage(eqx.Module):
 
 def first_stage(optimiser: Optimiser, theta, task: Task, start: Start) -> Stage:
     return Stage(_begin(optimiser, theta, task, start))
+
+
+def compile_ahead(
+    optimiser: Optimiser, stage: Stage, task: Task, key: PRNGKeyArray
+) -> list[Future]:
+    # To wait for before the first solve, and before the first step, or either would be
+    # compiled once more. One after the other: two at a time would need more memory.
+    run = stage.run
+    if is_placed((run, task)):
+        return []
+    args = run.theta, task, run.start
+    thread = ThreadPoolExecutor(1)
+    solving = compiling(thread, evaluate, *args)
+    found, outcome = stand_ins(eqx.filter_eval_shape(evaluate, *args))
+    program, args = run.call(optimiser, task, found, outcome, key)
+    stepping = compiling(thread, program, *args)
+    thread.shutdown(wait=False)  # It ends when all is compiled.
+    return [solving, stepping]
 
 
 def minimise(

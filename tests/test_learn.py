@@ -1,5 +1,6 @@
 """The outer problem, on a small one-dimensional one."""
 
+import threading
 import warnings
 from typing import Any
 
@@ -539,6 +540,51 @@ def test_compiles_once():
     assert run(0.3, 4, 0.0) <= first
 
 
+_compiled = []
+
+
+def _count(event: str, _: float, **kwargs) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiled.append((kwargs["fun_name"], threading.current_thread()))
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def _compiling(name: str) -> list[threading.Thread]:
+    return [thread for fn, thread in _compiled if fn == f"jit({name})"]
+
+
+@pytest.mark.parametrize(
+    "optimiser, step, scale_search",
+    [
+        (None, "optimistix_step", True),
+        (None, "optimistix_step", False),
+        (optx.LevenbergMarquardt(1e-3, 1e-3), "optimistix_step", 2),
+        (optax.adam(0.1), "optax_step", False),
+    ],
+)
+def test_programs_are_compiled_once_and_ahead(optimiser, step, scale_search):
+    jax.clear_caches()
+    _compiled.clear()
+    args = _prior(0.8), _conditions(), eb.ValidationResidual(validation), optimiser
+    eb.learn(*args, steps=3, scale_search=scale_search)
+    for name in ("evaluate", step):
+        (thread,) = _compiling(name)
+        assert thread is not threading.main_thread()
+
+
+def test_on_a_device_nothing_is_compiled_ahead():
+    # It would not be what is called.
+    x = jax.device_put(jnp.linspace(0.1, 1.9, 13)[:, None], jax.devices()[0])
+    conditions = [eb.Condition(Cubic(), x, _source), *_conditions()[1:]]
+    _compiled.clear()
+    args = _prior(0.8), conditions, eb.ValidationResidual(validation)
+    eb.learn(*args, steps=3, scale_search=False)
+    threads = _compiling("evaluate") + _compiling("optimistix_step")
+    assert set(threads) == {threading.main_thread()}
+
+
 def test_starts_from_where_the_gradient_points_the_wrong_way():
     # Lengthscales are much longer than what the points resolve: there rounding decides
     # the nugget, and the objective decreases towards longer ones still.
@@ -559,9 +605,11 @@ def test_the_start_is_evaluated_once(monkeypatch):
     evaluate, seen = _runs.evaluate, []
 
     def counted(theta, task, start):
-        seen.append(float(jnp.exp(theta[0].kernel.lengthscale.raw)))
+        if not isinstance(start.z, jax.core.Tracer):
+            seen.append(float(theta[0].kernel.lengthscale.value))
         return evaluate(theta, task, start)
 
+    counted.lower = evaluate.lower  # pyright: ignore[reportFunctionMemberAccess]
     monkeypatch.setattr(_runs, "evaluate", counted)
     args = _prior(4.0), _conditions(nugget=None), eb.ValidationResidual(validation)
     eb.learn(*args, scale_search=False, steps=1)
