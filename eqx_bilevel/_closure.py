@@ -37,15 +37,23 @@ class Function(eqx.Module):
     name: str = eqx.field(static=True)
 
     def __call__(self, *args, **kwargs):
-        function = types.FunctionType(
-            self.code,
-            {**self.globals.value, **self.read},
-            self.name,
-            self.defaults,
-            tuple(types.CellType(x) for x in self.closure),
+        return self._together()(*args, **kwargs)
+
+    def _together(self) -> types.FunctionType:
+        # And so are functions inside: some must be able to be hashed, as those given to
+        # `jax.lax.cond`.
+        is_function = lambda x: isinstance(x, Function)
+        together = lambda x: x._together() if is_function(x) else x
+        closure, read, defaults, kwdefaults = jtu.tree_map(
+            together,
+            (self.closure, self.read, self.defaults, self.kwdefaults),
+            is_leaf=is_function,
         )
-        function.__kwdefaults__ = self.kwdefaults
-        return function(*args, **kwargs)
+        cells = tuple(types.CellType(x) for x in closure)
+        globals_ = {**self.globals.value, **read}
+        function = types.FunctionType(self.code, globals_, self.name, defaults, cells)
+        function.__kwdefaults__ = kwdefaults
+        return function
 
     def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
         data = dict(zip(self.code.co_freevars, self.closure)) | self.read

@@ -364,6 +364,7 @@ def _optimiser(optimiser, theta, objective, searched: bool) -> Optimiser:
         )
     if isinstance(optimiser, optax.GradientTransformation):
         _check_optax(optimiser, theta)
+        optimiser = functions_as_pytrees(optimiser)
     if not isinstance(optimiser, Optimiser):
         raise ValueError(
             "`optimiser` must be an Optax optimiser, or an Optimistix least-squares "

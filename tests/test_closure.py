@@ -422,6 +422,26 @@ def test_solve(name, truth):
     np.testing.assert_allclose(gradient, truth[1], rtol=1e-7)
 
 
+def test_functions_inside_are_functions():
+    # JAX hashes those that it is given.
+    count, scale = Counter(), jnp.array(2.0)
+
+    def make():
+        def one(v):
+            return scale * v + X[0]
+
+        def other(v, by=3.0):
+            return v / by
+
+        return lambda v: jax.lax.cond(v > 1, one, other, v)
+
+    for _ in range(2):
+        np.testing.assert_allclose(count(make(), jnp.array(4.0)), 8.3)
+        np.testing.assert_allclose(count(make(), jnp.array(0.6)), 0.2)
+    assert count.traces == 1
+    assert len(arrays(make())) == 2
+
+
 # Targets and means are functions, too.
 def test_solve_with_closures_elsewhere():
     a, b = jnp.array(1.1), jnp.array(0.2)

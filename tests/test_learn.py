@@ -519,7 +519,7 @@ def test_compiles_once():
         traced.append(None)
         return -u.laplacian + u.value**3
 
-    def run(start, steps, mean=None):
+    def run(start, steps, mean=None, optimiser=None):
         pde = eb.Condition(operator, interior, _source, name="pde")
         conditions = [pde, eb.Condition(_value, ends, _exact)]
         before = len(traced)
@@ -527,6 +527,7 @@ def test_compiles_once():
             eb.GaussianProcess(eb.Gaussian(start), mean),
             conditions,
             eb.ValidationResidual(validation),
+            optimiser,
             steps=steps,
             patience=100,
         )
@@ -538,6 +539,9 @@ def test_compiles_once():
     assert run(0.7, 4) == run(0.2, 9) < first / 5
     # A number has a weak type, which it has not after a step.
     assert run(0.3, 4, 0.0) <= first
+    # Optimisers are functions, and are new ones each time.
+    by_adam = lambda: run(0.3, 4, optimiser=optax.adam(1e-2))
+    assert 5 * by_adam() > first > 5 * by_adam()
 
 
 _compiled = []
