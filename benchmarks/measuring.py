@@ -43,10 +43,11 @@ def peak_mb() -> int:
 
 
 def in_own_process(script: str, *arguments: Any) -> dict[str, Any]:
-    """Runs a script that prints one line of JSON, passes it on and returns its row."""
+    """Runs a script whose last line is of JSON, passes it on and returns its row."""
     command = [sys.executable, script, *map(str, arguments)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
-    print(run.stdout, end="", flush=True)
-    return json.loads(run.stdout)
+    last = run.stdout.splitlines()[-1]
+    print(last, flush=True)
+    return json.loads(last)

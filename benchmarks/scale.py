@@ -3,10 +3,10 @@
 `solve` and `learn`: -Lap u + u^3 = f on the unit square, u = sum_k sin(k pi x)
 sin(k pi y) / k^6 over k <= 600, zero on the boundary, on a regular grid, with a Matern
 kernel of order 7/2. `smooth`: the same with k <= 4 and a Gaussian kernel, without a
-matrix, with rows shared between virtual devices; and with a matrix. `gradient`:
-Burgers' equation at quasi-random points, with a warped kernel whose warp is a network.
-Each measurement runs in a process of its own and is one
-line of JSON on standard output; tables follow.
+matrix, with rows shared between virtual devices or processes; and with a matrix.
+`gradient`: Burgers' equation at quasi-random points, with a warped kernel whose warp is
+a network. Each measurement runs in a process of its own and is one line of JSON on
+standard output; tables follow.
 
     python benchmarks/scale.py             # all
     python benchmarks/scale.py 0 1         # some of the cases below
@@ -17,6 +17,8 @@ import argparse
 import json
 import os
 import pathlib
+import socket
+import subprocess
 import sys
 import time
 from typing import NamedTuple
@@ -44,6 +46,7 @@ class Case(NamedTuple):
     lengthscale: float = 0.3
     rho: tuple[float, float] = eb.SparseCholesky().rho
     devices: int = 1
+    processes: int = 1
     dense: bool = False
 
 
@@ -61,6 +64,7 @@ cases = (
     Case("smooth", 99, lengthscale=0.2, dense=True),
     Case("smooth", 99, lengthscale=0.2, devices=2),
     Case("smooth", 99, lengthscale=0.2, devices=4),
+    Case("smooth", 99, lengthscale=0.2, processes=2),
     Case("learn", 99, lengthscale=0.1),
     Case("gradient", 5000),
     Case("gradient", 20000),
@@ -157,9 +161,8 @@ def measure_solve(case: Case) -> dict:
 
 
 def measure_smooth(case: Case) -> dict:
-    jax.config.update("jax_num_cpu_devices", case.devices)
     auto = jax.sharding.AxisType.Auto
-    mesh = jax.make_mesh((case.devices,), ("points",), axis_types=(auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("points",), axis_types=(auto,))
     prior, conditions, exact = elliptic(case)
     system = lx.Cholesky() if case.dense else eb.MatrixFree()
     solve = lambda: eb.solve(prior, conditions, eb.GaussNewton(linear_solver=system))
@@ -170,6 +173,7 @@ def measure_smooth(case: Case) -> dict:
         points=sum(len(c.points) for c in conditions),
         matrix="dense" if case.dense else "none",
         devices=case.devices,
+        processes=case.processes,
         **errors(case, solution, exact),
         steps=int(solution.stats["num_steps"]),
         products=int(solution.stats["num_products"]),
@@ -273,6 +277,24 @@ measures = dict(
 )
 
 
+def share(number: int, address: str, which: int) -> None:
+    # One of the processes that solve a problem together. The first starts the others.
+    case = cases[number]
+    jax.config.update("jax_num_cpu_devices", case.devices)
+    if case.processes == 1:
+        return
+    for other in range(1, case.processes) if which == 0 else ():
+        command = [sys.executable, __file__, "--case", str(number), "--share", address]
+        subprocess.Popen([*command, str(other)], stdout=subprocess.DEVNULL)
+    jax.distributed.initialize(address, case.processes, which)
+
+
+def free_address() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{s.getsockname()[1]}"
+
+
 def measure(case: Case) -> dict:
     found = dict(what=case.what, **measures[case.what](case))
     return dict(found, peak_mb=peak_mb(), load=round(os.getloadavg()[0], 1))
@@ -344,11 +366,12 @@ def tables(rows: list[dict]) -> str:
             **POINTS,
             matrix=("matrix", "s"),
             devices=("devices", "d"),
+            processes=("processes", "d"),
             elsewhere_l2=ERRORS["elsewhere_l2"],
             nugget=("nugget", ".0e"),
             steps=("steps", "d"),
             products=("CG steps", "d"),
-            share_mb=("a device's share of the factor, MB", "d"),
+            share_mb=("share of the factor, MB", "d"),
             cold_s=("first, s", ".1f"),
             warm_s=("again, s", ".1f"),
             warm_cpu_s=("CPU, s", ".1f"),
@@ -368,8 +391,11 @@ def main():
     parser.add_argument("cases", nargs="*", type=int)
     parser.add_argument("--keep", action="store_true", help="write the results")
     parser.add_argument("--case", type=int, help="only this one, in this process")
+    parser.add_argument("--share", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case is not None:
+        address, which = arguments.share or (free_address(), 0)
+        share(arguments.case, address, int(which))
         print(json.dumps(measure(cases[arguments.case])))
         return
     chosen = arguments.cases or range(len(cases))

@@ -58,7 +58,11 @@ class ConjugateGradients(NamedTuple):
             preconditioner=_operator(inner, rhs), y0=start / weight_unit
         )
         rms = lambda x: jnp.sqrt(jnp.mean(x**2))
-        solver = lx.CG(0.0, self.rtol, norm=rms, max_steps=self.max_steps)
+        # Residuals that are computed anew every few steps would have rounding in them
+        # to which the preconditioner, about the inverse of a nugget, is very large.
+        solver = lx.CG(
+            0.0, self.rtol, rms, stabilise_every=None, max_steps=self.max_steps
+        )
         solution = lx.linear_solve(
             _operator(scaled, rhs), rhs / unit, solver, options=options, throw=False
         )

@@ -8,7 +8,8 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from eqx_bilevel._gram import covariance
+from eqx_bilevel._conjugate_gradients import ConjugateGradients
+from eqx_bilevel._gram import covariance, Noise
 from eqx_bilevel._low_rank import low_rank
 from eqx_bilevel._mesh import AXIS
 
@@ -84,6 +85,35 @@ def solved(p, linear_solver=MATRIX_FREE, **kwargs):
 @pytest.fixture(scope="module")
 def solutions():
     return solved(PARAMETERS), solved(PARAMETERS, lx.Cholesky())
+
+
+#
+# Conjugate gradients
+#
+
+
+def test_steps_where_the_preconditioner_is_large():
+    # It may be 1e12 times the inverse of the largest eigenvalue. Then residuals that
+    # are computed anew, and not by the recurrence, are nothing but rounding to it.
+    n = 300
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.standard_normal((n, n)))[0]
+    eigenvalues = np.maximum(np.exp(-0.5 * np.arange(n)), 1e-12)
+    wrong = 10.0 ** rng.uniform(-0.5, 0.5, n)
+    matrix = jnp.asarray((basis * eigenvalues) @ basis.T)
+    inverse = jnp.asarray((basis / (eigenvalues * wrong)) @ basis.T)
+    iteration = ConjugateGradients(
+        noise=Noise((jnp.zeros(n),)),
+        deviations=jnp.ones(n),
+        precondition=lambda r: inverse @ r,
+        rtol=1e-9,
+        max_steps=100,
+    )
+    rhs = jnp.asarray(basis @ (eigenvalues**0.6 * rng.standard_normal(n)))
+    found, num_steps = iteration.solve(lambda w: matrix @ w, rhs, 0 * rhs)
+    # In exact arithmetic, eigenvalues within a factor of ten need so many.
+    assert 10 < num_steps < 35
+    close(matrix @ found, rhs, 1e-8)
 
 
 #
