@@ -192,6 +192,7 @@ def better_start(optimiser, theta: PyTree, task: Task, start: Start) -> PyTree:
     found, outcome = evaluate(theta, task, start)
     args = optimiser, state, vector, theta, task, found, outcome
     step = _attempt(_Call(optimistix_step, args))
+    del found, args  # The next solve needs their memory.
     if step is None:
         return theta
 
@@ -295,6 +296,7 @@ def _follow(optimiser, stage: Stage, task, key, record: Record, limits: Limits, 
         over = taken.last or stalled
         stage = dataclasses.replace(stage, run=run, over=over, converged=converged)
         keep(stage)
+        del taken  # The next solve needs the memory of its solution.
     return stage
 
 

@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+import weakref
 from typing import Any
 
 import equinox as eqx
@@ -619,6 +620,24 @@ def test_the_start_is_evaluated_once(monkeypatch):
     eb.learn(*args, scale_search=False, steps=1)
     # It goes on from there, so that nothing but the comparison can need it again.
     assert len(seen) > 4 and np.sum(np.isclose(seen, 4.0)) == 1
+
+
+@pytest.mark.parametrize("optimiser", [None, optax.adam(0.1)])
+def test_one_solution_is_kept_at_a_time(monkeypatch, optimiser):
+    evaluate, weights = _runs.evaluate, []
+
+    def checked(theta, task, start):
+        if not isinstance(start.z, jax.core.Tracer):
+            assert all(reference() is None for reference in weights)
+        found, outcome = evaluate(theta, task, start)
+        weights.append(weakref.ref(found.solution.weights))
+        return found, outcome
+
+    checked.lower = evaluate.lower  # pyright: ignore[reportFunctionMemberAccess]
+    monkeypatch.setattr(_runs, "evaluate", checked)
+    args = _prior(0.8), _conditions(), eb.ValidationResidual(validation), optimiser
+    eb.learn(*args, scale_search=False, steps=4)
+    assert len(weights) > 4
 
 
 @pytest.mark.parametrize("times", [1, 9])
