@@ -43,7 +43,7 @@ def peak_mb() -> int:
 
 
 def in_own_process(script: str, *arguments: Any) -> dict[str, Any]:
-    """Runs a script whose last line is of JSON, passes it on and returns its row."""
+    """Runs a script whose last line is of JSON, passes that on and returns its row."""
     command = [sys.executable, script, *map(str, arguments)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode != 0:

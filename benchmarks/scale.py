@@ -277,14 +277,14 @@ measures = dict(
 )
 
 
-def share(number: int, address: str, which: int) -> None:
+def join(number: int, address: str, which: int) -> None:
     # One of the processes that solve a problem together. The first starts the others.
     case = cases[number]
     jax.config.update("jax_num_cpu_devices", case.devices)
     if case.processes == 1:
         return
     for other in range(1, case.processes) if which == 0 else ():
-        command = [sys.executable, __file__, "--case", str(number), "--share", address]
+        command = [sys.executable, __file__, "--case", str(number), "--join", address]
         subprocess.Popen([*command, str(other)], stdout=subprocess.DEVNULL)
     jax.distributed.initialize(address, case.processes, which)
 
@@ -391,11 +391,11 @@ def main():
     parser.add_argument("cases", nargs="*", type=int)
     parser.add_argument("--keep", action="store_true", help="write the results")
     parser.add_argument("--case", type=int, help="only this one, in this process")
-    parser.add_argument("--share", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--join", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case is not None:
-        address, which = arguments.share or (free_address(), 0)
-        share(arguments.case, address, int(which))
+        address, which = arguments.join or (free_address(), 0)
+        join(arguments.case, address, int(which))
         print(json.dumps(measure(cases[arguments.case])))
         return
     chosen = arguments.cases or range(len(cases))

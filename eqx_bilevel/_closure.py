@@ -40,8 +40,8 @@ class Function(eqx.Module):
         return self._together()(*args, **kwargs)
 
     def _together(self) -> types.FunctionType:
-        # And so are functions inside: some must be able to be hashed, as those given to
-        # `jax.lax.cond`.
+        # The function again, and those inside it as well: JAX hashes what is given to
+        # `jax.lax.cond`, for instance.
         is_function = lambda x: isinstance(x, Function)
         together = lambda x: x._together() if is_function(x) else x
         closure, read, defaults, kwdefaults = jtu.tree_map(

@@ -188,11 +188,10 @@ def better_start(optimiser, theta: PyTree, task: Task, start: Start) -> PyTree:
     # for as long as it gets better.
     vector, unravel = ravel_pytree(theta)
     few = with_inner_steps(task, FEW_INNER_STEPS)
-    state = optimistix_init(optimiser, theta, task, start)
+    run = _begin(optimiser, theta, task, start)
     found, outcome = evaluate(theta, task, start)
-    args = optimiser, state, vector, theta, task, found, outcome
-    step = _attempt(_Call(optimistix_step, args))
-    del found, args  # The next solve needs their memory.
+    step = _attempt(run.call(optimiser, task, found, outcome, key=None))
+    del found  # The next solve needs its memory.
     if step is None:
         return theta
 

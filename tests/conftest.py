@@ -1,4 +1,5 @@
 import os
+import threading
 
 
 # The same random numbers in each run. For others set this to another number.
@@ -27,6 +28,31 @@ jax.config.update("jax_disable_most_optimizations", True)
 @pytest.fixture
 def getkey():
     return eqxi.GetKey()
+
+
+class Compiled:
+    # What XLA compiles, and in which threads.
+    def __init__(self):
+        self.names: list[str] = []
+        self.threads: list[threading.Thread] = []
+
+    def clear(self) -> None:
+        self.names.clear()
+        self.threads.clear()
+
+
+@pytest.fixture
+def compiled():
+    found = Compiled()
+
+    def listen(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.names.append(kwargs["fun_name"])
+            found.threads.append(threading.current_thread())
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -60,23 +60,13 @@ def _solve(*conditions, prior=None, **kwargs):
 # What is known before compiling
 #
 
-compiled = []
-
-
-def _listen(event, duration, **kwargs):
-    if event == "/jax/core/compile/backend_compile_duration":
-        compiled.append(kwargs["fun_name"])
-
 
 @pytest.fixture
-def no_solve():
+def no_solve(compiled):
     # Fails if a whole solve is compiled; conversions of single arrays may be.
-    compiled.clear()
-    jax.monitoring.register_event_duration_secs_listener(_listen)
     yield
-    jax.monitoring.unregister_event_duration_listener(_listen)
-    names = ("_solve", "evaluate", "optax_step", "optimistix")
-    assert not any(name in fn for fn in compiled for name in names), compiled
+    names, found = ("_solve", "evaluate", "optax_step", "optimistix"), compiled.names
+    assert not any(name in fn for fn in found for name in names), found
 
 
 def _mean(x):

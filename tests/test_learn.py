@@ -545,19 +545,9 @@ def test_compiles_once():
     assert 5 * by_adam() > first > 5 * by_adam()
 
 
-_compiled = []
-
-
-def _count(event: str, _: float, **kwargs) -> None:
-    if event == "/jax/core/compile/backend_compile_duration":
-        _compiled.append((kwargs["fun_name"], threading.current_thread()))
-
-
-jax.monitoring.register_event_duration_secs_listener(_count)
-
-
-def _compiling(name: str) -> list[threading.Thread]:
-    return [thread for fn, thread in _compiled if fn == f"jit({name})"]
+def _compiling(compiled, name: str) -> list[threading.Thread]:
+    both = zip(compiled.names, compiled.threads)
+    return [thread for fn, thread in both if fn == f"jit({name})"]
 
 
 @pytest.mark.parametrize(
@@ -569,24 +559,23 @@ def _compiling(name: str) -> list[threading.Thread]:
         (optax.adam(0.1), "optax_step", False),
     ],
 )
-def test_programs_are_compiled_once_and_ahead(optimiser, step, scale_search):
+def test_programs_are_compiled_once_and_ahead(compiled, optimiser, step, scale_search):
     jax.clear_caches()
-    _compiled.clear()
     args = _prior(0.8), _conditions(), eb.ValidationResidual(validation), optimiser
     eb.learn(*args, steps=3, scale_search=scale_search)
     for name in ("evaluate", step):
-        (thread,) = _compiling(name)
+        (thread,) = _compiling(compiled, name)
         assert thread is not threading.main_thread()
 
 
-def test_on_a_device_nothing_is_compiled_ahead():
+def test_on_a_device_nothing_is_compiled_ahead(compiled):
     # It would not be what is called.
     x = jax.device_put(jnp.linspace(0.1, 1.9, 13)[:, None], jax.devices()[0])
     conditions = [eb.Condition(Cubic(), x, _source), *_conditions()[1:]]
-    _compiled.clear()
     args = _prior(0.8), conditions, eb.ValidationResidual(validation)
     eb.learn(*args, steps=3, scale_search=False)
-    threads = _compiling("evaluate") + _compiling("optimistix_step")
+    names = ("evaluate", "optimistix_step")
+    threads = [thread for name in names for thread in _compiling(compiled, name)]
     assert set(threads) == {threading.main_thread()}
 
 

@@ -223,9 +223,6 @@ def _map_chunks(fn, kernels: Kernels, left: _Side, right: _Side, reduce):
     chunks = -(-n * m // _PAIRS_AT_ONCE)
     if chunks <= 1:
         return of_rows(left)
-    # Chunks of the same size, if there is one: what is left over would be cut off, and
-    # that is a copy of everything.
-    chunks = next((c for c in range(chunks, 2 * chunks) if n % c == 0), chunks)
     size = -(-n // chunks)
     # The last chunk is filled up with copies of the last row.
     index = jnp.minimum(jnp.arange(chunks * size), n - 1).reshape(chunks, size)
