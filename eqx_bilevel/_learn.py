@@ -12,9 +12,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import optimistix as optx
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray
 
 from ._adjoint import FixedPointAdjoint, FrozenAdjoint
 from ._ahead import not_collecting
@@ -26,19 +25,9 @@ from ._geometry import as_key
 from ._kernels import fixed_numbers
 from ._krylov import FixedPointGMRES
 from ._last_solve import last_solve
-from ._objectives import (
-    AbstractLeastSquaresObjective,
-    AbstractObjective,
-    as_data_objective,
-)
-from ._outer import (
-    cold_start,
-    evaluate,
-    optax_update,
-    partition,
-    Start,
-    Task,
-)
+from ._objectives import AbstractObjective, as_data_objective
+from ._optimiser import as_optimiser, default_patience, Optimiser
+from ._outer import cold_start, evaluate, partition, Start, Task
 from ._progress import Callback, Record
 from ._quasi_newton import BoundedBFGS
 from ._results import RESULTS
@@ -49,7 +38,6 @@ from ._runs import (
     first_stage,
     Limits,
     minimise,
-    Optimiser,
     Stage,
     with_inner_steps,
 )
@@ -239,10 +227,9 @@ def learn(
     _warn_of_fixed(prior)
     if scale_search and not has_scale(prior, conditions[0].points.shape[1]):
         scale_search = False
-    optimiser = _optimiser(optimiser, learned_at_all, objective, bool(scale_search))
+    optimiser = as_optimiser(optimiser, learned_at_all, objective, bool(scale_search))
     if patience is None:
-        stochastic = isinstance(optimiser, optax.GradientTransformation)
-        patience = 200 if stochastic else 3 if _size(learned_at_all) <= _FEW else 10
+        patience = default_patience(optimiser, learned_at_all)
     callbacks = tuple(callback) if isinstance(callback, Sequence) else (callback,)
     file = None
     if checkpoint is not None:
@@ -320,72 +307,6 @@ def _warn_of_fixed(prior: Any) -> None:
             "`eqx_bilevel.Positive`; or an `eqx_bilevel.Frozen`, if it is to stay.",
             stacklevel=3,
         )
-
-
-# Beyond the first number hyperparameters are probably weights of a network. At the
-# second, the matrix of BFGS has 70 MB, and its update takes as long as a step.
-_FEW = 20
-_MOST_FOR_BFGS = 3000
-
-
-def _size(theta: PyTree) -> int:
-    return sum(x.size for x in jax.tree.leaves(theta))
-
-
-def _optimiser(optimiser, theta, objective, searched: bool) -> Optimiser:
-    size = _size(theta)
-    if size == 0:
-        raise ValueError(
-            "There is nothing to learn: `prior` has no arrays outside of "
-            "`eqx_bilevel.Frozen`, and `conditions` no parameters."
-        )
-    squares = isinstance(objective, AbstractLeastSquaresObjective)
-    if optimiser is None:
-        if size > _MOST_FOR_BFGS:
-            return optax.adam(1e-3)
-        if size > _FEW:
-            return BoundedBFGS(1e-5, 1e-5, max_length=0.3)
-        # Logarithms of probabilities are large numbers of which small differences tell.
-        tolerance = 1e-3 if squares else 1e-5
-        # After a search the first step, whose length is not known, should be short.
-        length = 0.1 if searched else 0.7
-        return BoundedBFGS(tolerance, tolerance, max_length=length)
-    if isinstance(optimiser, optx.AbstractLeastSquaresSolver) and not squares:
-        raise ValueError(
-            "`optimiser` is for least squares, but the objective is no sum of squares. "
-            "Use a minimiser, such as `eqx_bilevel.BoundedBFGS`."
-        )
-    if isinstance(optimiser, optx.NelderMead | optx.GoldenSearch):
-        name = type(optimiser).__name__
-        raise ValueError(
-            "`optimiser` must evaluate the objective at one point in each step, and "
-            f"find its way from there: `optimistix.{name}` does not. Use for example "
-            "`eqx_bilevel.BoundedBFGS`."
-        )
-    if isinstance(optimiser, optax.GradientTransformation):
-        _check_optax(optimiser, theta)
-        optimiser = functions_as_pytrees(optimiser)
-    if not isinstance(optimiser, Optimiser):
-        raise ValueError(
-            "`optimiser` must be an Optax optimiser, or an Optimistix least-squares "
-            f"solver or minimiser, got a {type(optimiser).__name__}."
-        )
-    return optimiser
-
-
-def _check_optax(optimiser: optax.GradientTransformation, theta: PyTree) -> None:
-    def step(theta):
-        value = jnp.zeros(())
-        return optax_update(optimiser, optimiser.init(theta), theta, value, theta)
-
-    try:
-        eqx.filter_eval_shape(step, theta)
-    except TypeError as error:
-        raise ValueError(
-            "`optimiser` must make a step from the gradient and the objective at one "
-            "point. A line search, as in `optax.lbfgs`, does not. Use an Optimistix "
-            f"minimiser, such as `eqx_bilevel.BoundedBFGS`. Optax says: {error}"
-        ) from error
 
 
 def _learn(

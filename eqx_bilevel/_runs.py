@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from ._ahead import compiling, is_placed, stand_ins
+from ._optimiser import Optimiser
 from ._outer import (
     evaluate,
     Found,
@@ -160,11 +160,6 @@ class _OptimistixRun(eqx.Module):
 
 
 _Run: TypeAlias = _OptaxRun | _OptimistixRun
-Optimiser: TypeAlias = (
-    optax.GradientTransformation
-    | optx.AbstractLeastSquaresSolver
-    | optx.AbstractMinimiser
-)
 
 
 def _begin(optimiser: Optimiser, theta: PyTree, task: Task, start: Start) -> _Run:

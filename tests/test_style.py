@@ -90,4 +90,4 @@ def test_files_import_from_files_above():
 
 def test_only_the_outer_problem_knows_optax():
     knows = [p.name for p in package.rglob("*.py") if "import optax" in p.read_text()]
-    assert sorted(knows) == ["_learn.py", "_outer.py", "_runs.py"]
+    assert sorted(knows) == ["_optimiser.py", "_outer.py", "_runs.py"]
