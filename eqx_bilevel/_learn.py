@@ -234,8 +234,9 @@ def learn(
     file = None
     if checkpoint is not None:
         names = type(optimiser).__name__, gradient
-        arguments = prior, conditions, objective, optimiser, key, names
-        file = Checkpoint(pathlib.Path(checkpoint), fingerprint(arguments))
+        problem = prior, conditions, objective, solver, max_inner_steps
+        run_of = fingerprint((*problem, optimiser, key, names))
+        file = Checkpoint(pathlib.Path(checkpoint), run_of)
         if file.exists():
             file.header()  # Raises if it is of another run.
     record = Record(objective, steps, verbose, callbacks)

@@ -330,6 +330,11 @@ def relative_error(value, truth) -> float:
     return float(np.max(np.abs(value - truth)) / np.max(np.abs(truth)))
 
 
+def close(value, truth, rtol: float) -> None:
+    """Asserts that no entry is off by more than that much of the largest one."""
+    assert relative_error(value, truth) <= rtol
+
+
 def moved(tree, direction, step: float):
     # Along a direction in which entries that do not move are `None`.
     return eqx.apply_updates(tree, jax.tree.map(lambda d: step * d, direction))

@@ -13,11 +13,7 @@ from eqx_bilevel._gram import covariance, Noise
 from eqx_bilevel._low_rank import low_rank
 from eqx_bilevel._mesh import AXIS
 
-
-def close(actual, expected, rtol):
-    scale = np.max(np.abs(expected))
-    assert scale > 0
-    assert np.max(np.abs(np.asarray(actual) - np.asarray(expected))) <= rtol * scale
+from .helpers import close
 
 
 def sizes_in(jaxpr):

@@ -26,6 +26,8 @@ from eqx_bilevel._sparse._pattern import following, ordered, supernodes
 from eqx_bilevel._system import DenseSystem
 from scipy.spatial.distance import cdist
 
+from .helpers import close
+
 
 NUGGET = 1e-8
 
@@ -182,12 +184,6 @@ def dense_covariance(kernels, functionals, nugget=NUGGET):
 def dense_factor(factor):
     identity = jnp.eye(factor.size)
     return jax.vmap(factor.multiply, out_axes=1)(identity)
-
-
-def close(actual, expected, rtol):
-    scale = np.max(np.abs(expected))
-    assert scale > 0
-    assert np.max(np.abs(np.asarray(actual) - expected)) <= rtol * scale
 
 
 @pytest.mark.parametrize(

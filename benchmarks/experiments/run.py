@@ -2,10 +2,12 @@
 
     python benchmarks/experiments/run.py                      # all, which takes hours
     python benchmarks/experiments/run.py burgers --seeds 5
+    python benchmarks/experiments/run.py burgers --keep --add   # seeds that are missing
     python benchmarks/experiments/run.py --table              # of the results kept here
 
 Each seed has points and initial networks of its own. Every run is one line of JSON on
-standard output; `--keep` puts them into the results of the repository.
+standard output; `--keep` puts them into the results of the repository, `--add` beside those that are
+there.
 """
 
 import argparse
@@ -66,6 +68,7 @@ def run(name, seed, **size):
         steps=len(learned.history["objective"]),
         nugget=float(max(np.max(s.stats["jitter"]) for s in each)),
         seconds=round(seconds, 1),
+        date=environment()["date"],
     )
 
 
@@ -131,14 +134,15 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="*", help=f"some of {', '.join(names)}")
     parser.add_argument("--seeds", type=int, default=5, help="how many")
     parser.add_argument("--keep", action="store_true", help="write the results")
+    parser.add_argument("--add", action="store_true", help="to the seeds kept")
     parser.add_argument("--table", action="store_true", help="of the results kept")
     arguments = parser.parse_args()
     if arguments.table:
         print(table(read("experiments")))
     else:
         for name in arguments.names or names:
-            rows = []
-            for seed in range(arguments.seeds):
+            rows = read("experiments")[name]["runs"] if arguments.add else []
+            for seed in range(len(rows), arguments.seeds):
                 rows.append(run(name, seed))
                 print(json.dumps(rows[-1]), flush=True)
                 if arguments.keep:  # Each time: these take long.
