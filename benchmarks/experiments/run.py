@@ -6,8 +6,8 @@
     python benchmarks/experiments/run.py --table              # of the results kept here
 
 Each seed has points and initial networks of its own. Every run is one line of JSON on
-standard output; `--keep` puts them into the results of the repository, `--add` beside those that are
-there.
+standard output; `--keep` puts them into the results of the repository, and with `--add`
+beside those that are there.
 """
 
 import argparse
