@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
 from typing import Any
 
@@ -27,7 +27,7 @@ from ._krylov import FixedPointGMRES
 from ._last_solve import last_solve
 from ._objectives import AbstractObjective, as_data_objective
 from ._optimiser import as_optimiser, default_patience, Optimiser
-from ._outer import cold_start, evaluate, partition, Start, Task
+from ._outer import evaluate, first_start, partition, Start, Task
 from ._progress import Callback, Record
 from ._quasi_newton import BoundedBFGS
 from ._results import RESULTS
@@ -46,6 +46,7 @@ from ._solution import Solution
 from ._solve import (
     check_num_steps,
     checked,
+    checked_initial,
     functions_as_pytrees,
     solve,
     with_system,
@@ -103,6 +104,7 @@ def learn(
     steps: int = 1000,
     scale_search: int | bool = True,
     solver: GaussNewton = GaussNewton(),
+    initial: Callable | Mapping[str, Callable] | Solution | None = None,
     max_inner_steps: int = 20,
     rtol: float = 1e-3,
     patience: int | None = None,
@@ -151,6 +153,9 @@ def learn(
         wrap, such as one of your own, is left as it is, with a warning: wrap it
         yourself, into [`eqx_bilevel.Stretched`][].
     - `solver`: The inner solver.
+    - `initial`: Where the first inner solves start, as in [`eqx_bilevel.solve`][]: for
+        instance the solution at a value of a parameter that makes the equation easier,
+        or with fewer points. Default: the prior's mean.
     - `max_inner_steps`: The largest number of Gauss-Newton steps for each outer step.
         Five times as many are allowed once the optimiser stops where they ran out.
         With `gradient="frozen"` and `max_inner_steps=1`, each outer step costs one
@@ -224,6 +229,7 @@ def learn(
     ready = with_system(solver, prior, conditions)
     task = Task(None, objective, ready, adjoint, jnp.asarray(max_inner_steps))
     learned_at_all, _ = partition(prior, conditions, task)
+    start = first_start(prior, conditions, checked_initial(initial, prior))
     _warn_of_fixed(prior)
     if scale_search and not has_scale(prior, conditions[0].points.shape[1]):
         scale_search = False
@@ -234,7 +240,7 @@ def learn(
     file = None
     if checkpoint is not None:
         names = type(optimiser).__name__, gradient
-        problem = prior, conditions, objective, solver, max_inner_steps
+        problem = prior, conditions, objective, solver, max_inner_steps, start
         run_of = fingerprint((*problem, optimiser, key, names))
         file = Checkpoint(pathlib.Path(checkpoint), run_of)
         if file.exists():
@@ -245,6 +251,7 @@ def learn(
             prior,
             conditions,
             task,
+            start,
             optimiser,
             8 if scale_search is True else int(scale_search),
             key,
@@ -311,9 +318,17 @@ def _warn_of_fixed(prior: Any) -> None:
 
 
 def _learn(
-    prior, conditions, task: Task, optimiser, num_scales, key, limits, record, file
+    prior,
+    conditions,
+    task: Task,
+    start: Start,
+    optimiser,
+    num_scales,
+    key,
+    limits,
+    record,
+    file,
 ) -> Learned:
-    start = cold_start(prior, conditions)
     saved = file if file is not None and file.exists() else None
     record.note("Compiling the solve." if saved is None else "Resuming.")
     theta, given = partition(prior, conditions, task)

@@ -4,6 +4,7 @@ Compiled once for each set of shapes: whatever changes from step to step is an a
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -30,6 +31,7 @@ from ._solution import Reading, Solution
 from ._solve import (
     all_finite,
     initial_jitter,
+    initial_z,
     of_use,
     problem_with,
     sanitised,
@@ -143,7 +145,21 @@ def evaluate(theta: PyTree, task: Task, start: Start) -> tuple[Found, Outcome]:
     return Found(solution, readings), outcome
 
 
-def cold_start(prior: Any, conditions: list[Condition]) -> Start:
+def first_start(prior: Any, conditions: Sequence[Condition], initial: Any) -> Start:
+    if initial is None:
+        return _cold_start(prior, conditions)
+    z = _initial_z(prior, conditions, initial)
+    # A solve that failed is no place to start from.
+    return Start(z, jnp.invert(all_finite(z)), jnp.zeros((), z.dtype))
+
+
+@eqx.filter_jit
+def _initial_z(prior: Any, conditions: Sequence[Condition], initial: Any) -> Array:
+    problem, _ = sanitised(*unwrap((prior, conditions)))
+    return initial_z(problem, initial).astype(problem.dtype)
+
+
+def _cold_start(prior: Any, conditions: Sequence[Condition]) -> Start:
     traces = trace_conditions(*unwrap((prior, conditions)))
     each = zip(conditions, traces)
     size = sum(len(c.points) * len(t.nonlinear) for c, t in each)

@@ -99,13 +99,17 @@ def solve(
     check_solver(solver, adjoint)
     check_num_steps(max_steps, "max_steps")
     prior, conditions = checked(prior, conditions)
+    initial = checked_initial(initial, prior)
+    solver = with_system(solver, prior, conditions)
+    return _solve(prior, conditions, solver, adjoint, initial, max_steps, throw)
+
+
+def checked_initial(initial: Any, prior: Any) -> Any:
     if isinstance(initial, Mapping):
         unknown = sorted(initial.keys() - set(names_of(prior).names))
         if unknown:
             raise ValueError(f"`initial` is for unknown function(s) {unknown}.")
-    initial = functions_as_pytrees(initial)
-    solver = with_system(solver, prior, conditions)
-    return _solve(prior, conditions, solver, adjoint, initial, max_steps, throw)
+    return functions_as_pytrees(initial)
 
 
 def check_solver(solver: Any, adjoint: Any) -> None:
@@ -176,7 +180,7 @@ def check_num_steps(num: int, name: str) -> None:
 @eqx.filter_jit
 def _solve(prior, conditions, solver, adjoint, initial, max_steps, throw):
     problem, fault = sanitised(*unwrap((prior, conditions)))
-    z = prior_z(problem) if initial is None else _initial_z(problem, initial)
+    z = prior_z(problem) if initial is None else initial_z(problem, initial)
     start = without_gradient(z)
     known = jnp.array(initial is None)
     sol = solve_problem(
@@ -314,7 +318,7 @@ def _has_duplicates(points: Float[Array, "n d"]) -> Bool[Array, ""]:
     return jnp.any(jnp.all(ordered[1:] == ordered[:-1], axis=1))
 
 
-def _initial_z(problem: Problem, initial: Any) -> Float[Array, " N"]:
+def initial_z(problem: Problem, initial: Any) -> Float[Array, " N"]:
     parts = []
     for r in problem.rows:
         jets = [r.trace.jets[i] for i in r.trace.nonlinear]

@@ -223,6 +223,7 @@ def test_file_of_other_arguments(tmp_path):
         (optax.adam(0.1), dict(gradient="frozen")),
         (optax.adam(0.1), dict(solver=eb.GaussNewton(rtol=1e-6))),
         (optax.adam(0.1), dict(max_inner_steps=3)),
+        (optax.adam(0.1), dict(initial=_exact)),
         (optax.adam(0.2), {}),
         (optx.BFGS(1e-3, 1e-3), {}),
     ]:

@@ -660,6 +660,28 @@ def test_last_solve_ends_where_the_best_did(monkeypatch, times):
     assert all("smallest objective while learning" in str(w.message) for w in caught)
 
 
+def test_where_the_first_solves_start():
+    # Of the solutions -1 and 1.
+    operator = lambda u, x: u.value**2 - 0.01 * u.laplacian
+    stated = [eb.Condition(operator, interior, 1.0)]
+    options = dict(objective=eb.ValidationResidual(validation), steps=3)
+    learn = lambda initial, conditions=stated: eb.learn(
+        _prior(), conditions, initial=initial, scale_search=2, **options
+    )
+    for sign in (-1.0, 1.0):
+        learned = learn(lambda x, sign=sign: 2 * sign + 0.1 * x[0])
+        np.testing.assert_allclose(learned.solution(grid), sign, atol=1e-3)
+        # At other points.
+        others = [eb.Condition(operator, interior[1:] - 0.05, 1.0)]
+        again = learn(learned.solution, others)
+        np.testing.assert_allclose(again.solution(grid), sign, atol=1e-3)
+    # A solve that failed knows nothing.
+    ordinary, after = [learn(f, _conditions()) for f in (None, lambda x: np.nan * x[0])]
+    assert eqx.tree_equal(after.prior, ordinary.prior)
+    with pytest.raises(ValueError, match="`initial` is for unknown function"):
+        learn({"v": lambda x: 1.0})
+
+
 def test_pooled_points():
     for objective, target in (
         (eb.ValidationResidual(validation), _source),

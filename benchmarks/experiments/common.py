@@ -64,16 +64,16 @@ def learned_from(prior, conditions, objective) -> Run:
 
 
 def _in_stages(prior, stated, steps) -> Run:
-    # Each begins with the prior that the last one learned. `stated` are functions that
-    # are given this prior, or nothing at first.
+    # Each begins with the prior and the solution of the last one. `stated` are functions
+    # that are given this prior, or nothing at first.
     conditions, _ = stated[-1](None)
     untrained = lambda: eb.solve(prior, conditions, throw=False)
-    before = None
-    for state, most in zip(stated, steps):
-        first = before is None
-        options = dict(steps=most, scale_search=first, throw=False)
-        learned = eb.learn(prior if first else before, *state(before), **options)
-        before = learned.prior
+    state, *others = stated
+    learned = eb.learn(prior, *state(None), steps=steps[0], throw=False)
+    for state, most in zip(others, steps[1:], strict=True):
+        before, start = learned.prior, learned.solution
+        options = dict(initial=start, steps=most, scale_search=False, throw=False)
+        learned = eb.learn(before, *state(before), **options)
     return Run(untrained, learned.solution, learned)
 
 
