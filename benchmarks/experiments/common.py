@@ -64,8 +64,8 @@ def learned_from(prior, conditions, objective) -> Run:
 
 
 def _in_stages(prior, stated, steps) -> Run:
-    # Each begins with the prior and the solution of the last one. `stated` are functions
-    # that are given this prior, or nothing at first.
+    # Each begins with the prior and the solution of the last one. `stated` are
+    # functions that are given this prior, or nothing at first.
     conditions, _ = stated[-1](None)
     untrained = lambda: eb.solve(prior, conditions, throw=False)
     state, *others = stated
