@@ -147,7 +147,8 @@ def learn(
     - `steps`: The largest number of steps.
     - `scale_search`: Whether to first try a few common factors of all lengthscales; or
         how many. They are spread between the distance of the points and the size of the
-        domain, and four more are tried around the best of them. If dimensions have
+        domain, and four more are tried around the best of them, and as many around the
+        next best if there is another valley. If dimensions have
         lengthscales of their own, then these are doubled or halved while that helps,
         alone and against each other. A kernel that [`eqx_bilevel.rescale`][] would
         wrap, such as one of your own, is left as it is, with a warning: wrap it

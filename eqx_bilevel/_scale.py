@@ -131,16 +131,14 @@ def search_scale(
     def best():
         return min(tried, key=lambda each: each.objective)
 
-    # First a common length, on a coarse grid, then on a finer one around its best
-    # point, since valleys can be narrower than what is between two points of the first.
+    # First a common length, on a coarse grid, then on a finer one around its two best
+    # valleys, since these can be narrower than what is between two points of the first.
     coarse = scales(conditions, num)
-    for length in coarse:
-        attempt(dim * [length])
-    if num > 1 and np.isfinite(best().objective):
+    values = [attempt(dim * [length]) for length in coarse]
+    for i in _valleys(values)[:2]:
         ratio = coarse[1] / coarse[0]
-        centre = np.array(best().lengths)
         for power in (-0.5, -0.25, 0.25, 0.5):
-            attempt(centre * ratio**power)
+            attempt(dim * [coarse[i] * ratio**power])
     # Then each dimension on its own, and in exchange for the others.
     if np.isfinite(best().objective) and _anisotropic(prior, dim):
         for _ in range(_MOST_ROUNDS):
@@ -152,6 +150,19 @@ def search_scale(
     found = best()
     lengths = found.lengths if np.isfinite(found.objective) else dim * [typical]
     return at(lengths), tried
+
+
+def _valleys(values: Sequence[float]) -> list[int]:
+    # The positions of local minima, the lowest first. One value alone is none.
+    if len(values) < 2:
+        return []
+    padded = [np.inf, *values, np.inf]
+    low = [
+        i
+        for i, value in enumerate(values)
+        if np.isfinite(value) and value <= min(padded[i], padded[i + 2])
+    ]
+    return sorted(low, key=lambda i: values[i])
 
 
 _MOST_ROUNDS = 3

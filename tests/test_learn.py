@@ -15,6 +15,7 @@ import optimistix as optx
 import pytest
 from eqx_bilevel import _last_solve, _runs
 from eqx_bilevel._kernels import fixed_numbers
+from eqx_bilevel._scale import search_scale
 from eqx_bilevel._solve import functions_as_pytrees
 
 
@@ -326,6 +327,23 @@ def test_scale_search(start):
     np.testing.assert_allclose(lengths[[0, 7]], [2.0 / 14, 2.0], rtol=1e-6)
     assert np.min(values) >= learned.objective
     assert _error(learned.solution) < 1e-4
+
+
+@pytest.mark.parametrize("narrow", [0.172, 0.366, 0.78])
+def test_scale_search_of_two_valleys(narrow):
+    # A wide one beyond the largest length, and one that falls between two lengths.
+    def value(lengths, prior):
+        (length,) = lengths
+        at = prior.kernel.lengthscale.value
+        np.testing.assert_allclose(at, length, rtol=0.2)  # Of few points.
+        far = np.log(length / narrow) / 0.13
+        return 2.0 - 0.1 * length - np.exp(-(far**2))
+
+    prior, tried = search_scale(_prior(), _conditions(), value, 8)
+    best = min(tried, key=lambda each: each.objective)
+    assert best.objective < 1.1 and len(tried) == 16
+    np.testing.assert_allclose(best.lengths, narrow, rtol=0.15)
+    np.testing.assert_allclose(prior.kernel.lengthscale.value, narrow, rtol=0.3)
 
 
 class Own(eb.AbstractKernel):
