@@ -17,7 +17,8 @@ import scipy.integrate
 
 matplotlib.use("Agg")
 
-tutorials = pathlib.Path(__file__).parents[1] / "tutorials"
+root = pathlib.Path(__file__).parents[1]
+tutorials, benchmarks = root / "tutorials", root / "benchmarks"
 
 
 def _run(name):
@@ -89,6 +90,26 @@ def _by_quadrature(log_conductivity, x):
     # -exp(a) u' = x, u(1) = 0.
     flow = lambda s: s * np.exp(-log_conductivity(s))
     return [scipy.integrate.quad(flow, start, 1, epsabs=1e-10)[0] for start in x]
+
+
+def test_darcy(capsys):
+    left = _run("darcy.py")
+    # The data, by a spectral method.
+    references = runpy.run_path(str(benchmarks / "experiments" / "references.py"))
+    places = np.asarray(left["places"])
+    exact = references["darcy"](places)
+    np.testing.assert_allclose(left["true_pressure"](places), exact, atol=2e-6)
+    assert np.max(exact) > 0.02
+    sigma = left["learned"].conditions[2].noise.value
+    assert abs(np.log(sigma / left["noise"])) < 0.4
+    # Half of what a constant would be off by, which is the best without any data.
+    axis = np.linspace(0.05, 0.95, 13)
+    where = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+    truth = references["darcy_log_permeability"](where)
+    found, std = left["solution"](where)["a"], left["solution"].std(where)["a"]
+    assert _rms(found - truth) < 0.5 * np.std(truth)
+    assert 0.8 < np.mean(np.abs(found - truth) < 1.645 * std) <= 1.0
+    assert f"noise: {sigma:.1e}" in capsys.readouterr().out
 
 
 def test_reuse(capsys):
