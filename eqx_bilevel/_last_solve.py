@@ -8,12 +8,10 @@ from jaxtyping import PyTree
 from ._outer import evaluate, Outcome, Start, Task
 from ._progress import Record
 from ._results import RESULTS
-from ._runs import FEW_INNER_STEPS, warm, with_inner_steps
+from ._runs import FEW_INNER_STEPS, MANY_INNER_STEPS, warm, with_inner_steps
 from ._solution import Solution
 
 
-# If few are not enough.
-_MANY_INNER_STEPS = 100
 # A tenth of a sum of squares, or as much of a logarithm.
 _WORTH_A_WARNING = 0.1
 
@@ -26,7 +24,7 @@ def last_solve(
     if best is not None:
         start = warm(best, best.jitter)
     few = with_inner_steps(task, FEW_INNER_STEPS)
-    many = with_inner_steps(task, _MANY_INNER_STEPS)
+    many = with_inner_steps(task, MANY_INNER_STEPS)
     found = _solved(theta, few, start)
     if found[0].result != RESULTS.successful:
         found = _solved(theta, many, start)

@@ -37,8 +37,10 @@ from ._runs import (
     FEW_INNER_STEPS,
     first_stage,
     Limits,
+    MANY_INNER_STEPS,
     minimise,
     Stage,
+    warm,
     with_inner_steps,
 )
 from ._scale import has_scale, search_scale, Tried
@@ -145,10 +147,10 @@ def learn(
 
     - `gradient`: `"implicit"` (exact) or `"frozen"` (of the paper).
     - `steps`: The largest number of steps.
-    - `scale_search`: Whether to first try a few common factors of all lengthscales; or
-        how many. They are spread between the distance of the points and the size of the
-        domain, and four more are tried around the best of them, and as many around the
-        next best if there is another valley. If dimensions have
+    - `scale_search`: Whether to first try a few common factors of all lengthscales,
+        beside what is given; or how many. They are spread between the distance of the
+        points and the size of the domain, and four more are tried around the best of
+        them, and around the next best if there is another valley. If dimensions have
         lengthscales of their own, then these are doubled or halved while that helps,
         alone and against each other. A kernel that [`eqx_bilevel.rescale`][] would
         wrap, such as one of your own, is left as it is, with a warning: wrap it
@@ -340,7 +342,9 @@ def _learn(
     if saved is not None:
         task, stage, tried = _resume(stage, given, start, record, saved)
     else:
-        prior, tried = _search(prior, conditions, task, start, num_scales, record)
+        prior, start, tried = _search(
+            prior, conditions, task, start, num_scales, record
+        )
         theta, task = partition(prior, conditions, task)
         record.note("Compiling the step.")
         if isinstance(optimiser, BoundedBFGS) and not tried:
@@ -375,19 +379,27 @@ def _learn(
 
 def _search(
     prior, conditions, task: Task, start: Start, num: int, record: Record
-) -> tuple[Any, list[Tried]]:
+) -> tuple[Any, Start, list[Tried]]:
+    # The best prior, and where its inner solve ended.
     if num == 0:
-        return prior, []
-    few = with_inner_steps(task, FEW_INNER_STEPS)
+        return prior, start, []
+    best, best_start = np.inf, start
 
     def value(lengths, candidate):
-        theta, scaled = partition(candidate, conditions, few)
+        nonlocal best, best_start
+        # What was given may be good, and need some steps to show it.
+        given = candidate is prior
+        steps = MANY_INNER_STEPS if given else FEW_INNER_STEPS
+        theta, scaled = partition(candidate, conditions, with_inner_steps(task, steps))
         found, outcome = evaluate(theta, scaled, start)
         record.add_search(lengths, outcome, candidate, conditions, found.solution)
         objective = float(outcome.objective)
+        if objective < best:
+            best, best_start = objective, warm(outcome, start.jitter)
         return objective if np.isfinite(objective) else np.inf
 
-    return search_scale(prior, conditions, value, num)
+    prior, tried = search_scale(prior, conditions, value, num)
+    return prior, best_start, tried
 
 
 def _resume(

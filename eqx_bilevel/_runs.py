@@ -37,6 +37,8 @@ from ._solution import Solution
 # Enough for the scale search, where a solve that needs more is at a bad scale, and most
 # often for the last solve, which starts where another ended.
 FEW_INNER_STEPS = 10
+# If few are not enough.
+MANY_INNER_STEPS = 100
 
 
 def with_inner_steps(task: Task, num: ArrayLike) -> Task:

@@ -110,7 +110,8 @@ def search_scale(
     value: Callable[[tuple[float, ...], Any], float],
     num: int,
 ) -> tuple[Any, list[Tried]]:
-    # Returns the rescaled prior with the smallest value, and all that was tried.
+    # Returns the rescaled prior with the smallest value, and all that was tried: first
+    # the prior itself.
     points = jnp.concatenate([c.points for c in conditions])
     dim = points.shape[1]
     typical = float(_typical_length(prior, points))
@@ -120,18 +121,20 @@ def search_scale(
     def at(lengths):
         return rescaled(prior, jnp.asarray(lengths, points.dtype) / typical)
 
-    def attempt(lengths):
+    def attempt(lengths, candidate=None):
         for each in tried:
             if np.allclose(each.lengths, lengths):
                 return each.objective
         lengths = tuple(map(float, lengths))
-        tried.append(Tried(lengths, value(lengths, at(lengths))))
+        candidate = at(lengths) if candidate is None else candidate
+        tried.append(Tried(lengths, value(lengths, candidate)))
         return tried[-1].objective
 
     def best():
         return min(tried, key=lambda each: each.objective)
 
-    # First a common length, on a coarse grid, then on a finer one around its two best
+    attempt(dim * [typical], prior)
+    # Then a common length, on a coarse grid, then on a finer one around its two best
     # valleys, since these can be narrower than what is between two points of the first.
     coarse = scales(conditions, num)
     values = [attempt(dim * [length]) for length in coarse]
@@ -139,7 +142,7 @@ def search_scale(
         ratio = coarse[1] / coarse[0]
         for power in (-0.5, -0.25, 0.25, 0.5):
             attempt(dim * [coarse[i] * ratio**power])
-    # Then each dimension on its own, and in exchange for the others.
+    # Last each dimension on its own, and in exchange for the others.
     if np.isfinite(best().objective) and _anisotropic(prior, dim):
         for _ in range(_MOST_ROUNDS):
             before = best()

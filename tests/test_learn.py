@@ -260,9 +260,9 @@ def test_scale_search_of_each_dimension():
         return learned.scale_search
 
     even, uneven = searched(0.5), searched([0.5, 0.5])
-    assert len(even) == 12
+    assert len(even) == 13 and even[0].lengths == (0.5, 0.5)
     assert all(tried.lengths[0] == tried.lengths[1] for tried in even)
-    assert uneven[:12] == even
+    assert uneven[:13] == even
     best = min(uneven, key=lambda tried: tried.objective)
     assert best.lengths[0] >= 2 * best.lengths[1]
     assert best.objective < 0.5 * min(tried.objective for tried in even)
@@ -324,7 +324,7 @@ def test_scale_search(start):
     lengths = np.array([tried.lengths[0] for tried in learned.scale_search])
     values = np.array([tried.objective for tried in learned.scale_search])
     # From the distance of the points to the size of the domain.
-    np.testing.assert_allclose(lengths[[0, 7]], [2.0 / 14, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(lengths[[1, 8]], [2.0 / 14, 2.0], rtol=1e-6)
     assert np.min(values) >= learned.objective
     assert _error(learned.solution) < 1e-4
 
@@ -341,9 +341,28 @@ def test_scale_search_of_two_valleys(narrow):
 
     prior, tried = search_scale(_prior(), _conditions(), value, 8)
     best = min(tried, key=lambda each: each.objective)
-    assert best.objective < 1.1 and len(tried) == 16
+    assert best.objective < 1.1 and len(tried) == 17
     np.testing.assert_allclose(best.lengths, narrow, rtol=0.15)
     np.testing.assert_allclose(prior.kernel.lengthscale.value, narrow, rtol=0.3)
+
+
+def test_what_is_given_is_tried_with_many_inner_steps():
+    # Values that are found in some steps from zero, and not in a few.
+    far = lambda x: 50.0 * _exact(x)
+    source = lambda x: -50 * jax.hessian(_exact)(x)[0, 0] + far(x) ** 3
+    stated = [
+        eb.Condition(Cubic(), interior, source, nugget=1e-6),
+        eb.Condition(_value, ends, far, nugget=1e-6),
+    ]
+    solution = eb.solve(_prior(0.6), stated)
+    assert 12 < solution.stats["num_steps"] < 100
+    objective = eb.ValidationResidual(validation)
+    learned = eb.learn(_prior(0.6), stated, objective, scale_search=1, steps=1)
+    given, other = learned.scale_search
+    np.testing.assert_allclose(given.lengths, 0.6, rtol=0.2)
+    np.testing.assert_allclose(given.objective, objective(solution), rtol=1e-3)
+    # And the first step starts from there.
+    assert learned.history["inner_steps"][0] <= 2
 
 
 class Own(eb.AbstractKernel):

@@ -44,19 +44,17 @@ def log_permeability(x, y):
 def pressure(n=200):
     # Differences, and the permeability in the middle between two nodes.
     nodes, middles = np.linspace(0, 1, n + 1), (np.arange(n) + 0.5) / n
-    difference = sparse.diags([1.0, -1.0], [0, -1], (n, n - 1)) * n
+    difference = sparse.csr_array(n * (np.eye(n, n - 1) - np.eye(n, n - 1, -1)))
     along_x = sparse.kron(difference, sparse.eye(n - 1))
     along_y = sparse.kron(sparse.eye(n - 1), difference)
     inside = nodes[1:-1]
     at_x = log_permeability(middles[:, None], inside[None]).ravel()
     at_y = log_permeability(inside[:, None], middles[None]).ravel()
-    flows = [
-        d.T @ sparse.diags(np.exp(a)) @ d for d, a in ((along_x, at_x), (along_y, at_y))
-    ]
+    flow = lambda d, a: d.T @ sparse.diags(np.exp(a)) @ d
+    operator = flow(along_x, at_x) + flow(along_y, at_y)
     u = np.zeros((n + 1, n + 1))
-    u[1:-1, 1:-1] = spsolve(sum(flows).tocsc(), np.ones((n - 1) ** 2)).reshape(
-        n - 1, -1
-    )
+    found = np.asarray(spsolve(operator.tocsc(), np.ones((n - 1) ** 2)))
+    u[1:-1, 1:-1] = found.reshape(n - 1, n - 1)
     return RegularGridInterpolator((nodes, nodes), u, method="cubic")
 
 
