@@ -160,11 +160,7 @@ def _valleys(values: Sequence[float]) -> list[int]:
     if len(values) < 2:
         return []
     padded = [np.inf, *values, np.inf]
-    low = [
-        i
-        for i, value in enumerate(values)
-        if np.isfinite(value) and value <= min(padded[i], padded[i + 2])
-    ]
+    low = [i for i, value in enumerate(values) if padded[i] > value <= padded[i + 2]]
     return sorted(low, key=lambda i: values[i])
 
 
