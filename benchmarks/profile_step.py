@@ -73,7 +73,7 @@ def parts(case: str, n: int, gradient: str) -> dict[str, Part]:
     matrix = part("Gram matrix", gram, eqx.filter_jit(problem)(theta))
     matrix = matrix + 1e-8 * jnp.diag(jnp.diagonal(matrix))
     part("factorisation", jnp.linalg.cholesky, matrix)
-    start = _outer.cold_start(prior, conditions)
+    start = _outer.first_start(prior, conditions, None)
     found, _ = part("solve", _outer.evaluate.__wrapped__, theta, task, start)
     optimiser = optax.adam(1e-3)
     state, key = optimiser.init(theta), jax.random.key(0)

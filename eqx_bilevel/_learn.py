@@ -157,8 +157,8 @@ def learn(
         yourself, into [`eqx_bilevel.Stretched`][].
     - `solver`: The inner solver.
     - `initial`: Where the first inner solves start, as in [`eqx_bilevel.solve`][]: for
-        instance the solution at a value of a parameter that makes the equation easier,
-        or with fewer points. Default: the prior's mean.
+        instance the solution at a value of a parameter that makes the equation easier.
+        Default: the prior's mean.
     - `max_inner_steps`: The largest number of Gauss-Newton steps for each outer step.
         Five times as many are allowed once the optimiser stops where they ran out.
         With `gradient="frozen"` and `max_inner_steps=1`, each outer step costs one

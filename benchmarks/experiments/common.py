@@ -63,15 +63,15 @@ def learned_from(prior, conditions, objective) -> Run:
     return Run(untrained, learned.solution, learned)
 
 
-def _in_stages(prior, stated, steps) -> Run:
-    # Each begins with the prior and the solution of the last one. `stated` are
-    # functions that are given this prior, or nothing at first.
+def _in_stages(prior, stated, steps, *, goes_on) -> Run:
+    # Each begins with the prior of the last one, and with its solution if it `goes_on`.
+    # `stated` are functions that are given this prior, or nothing at first.
     conditions, _ = stated[-1](None)
     untrained = lambda: eb.solve(prior, conditions, throw=False)
     state, *others = stated
     learned = eb.learn(prior, *state(None), steps=steps[0], throw=False)
     for state, most in zip(others, steps[1:], strict=True):
-        before, start = learned.prior, learned.solution
+        before, start = learned.prior, learned.solution if goes_on else None
         options = dict(initial=start, steps=most, scale_search=False, throw=False)
         learned = eb.learn(before, *state(before), **options)
     return Run(untrained, learned.solution, learned)
@@ -85,8 +85,10 @@ def coarse_to_fine(
     steps: Sequence[int],
 ) -> Run:
     """Learns at more and more points. Steps at few points cost little, and what is
-    learned there is where to start with more."""
-    return _in_stages(prior, [lambda _, n=n: stated(n) for n in sizes], steps)
+    learned there is where to start with more. The solution with few points is not: it
+    may be close to none."""
+    states = [lambda _, n=n: stated(n) for n in sizes]
+    return _in_stages(prior, states, steps, goes_on=False)
 
 
 def by_continuation(
@@ -115,4 +117,5 @@ def by_continuation(
     states = [
         lambda before, v=v, n=n: stated(v, n, place(before)) for v, n, _ in stages
     ]
-    return _in_stages(prior, states, [most for *_, most in stages])
+    most = [most for *_, most in stages]
+    return _in_stages(prior, states, most, goes_on=True)
