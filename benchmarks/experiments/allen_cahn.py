@@ -44,10 +44,9 @@ def start(x):
 
 def stated(key, strength, n, place):
     keys = jax.random.split(key, 4)
-    interior = place(half.interior(16 * n, key=keys[0]), n)
-    # Half of these everywhere, also where the kernel takes the solution for smooth.
-    others = half.interior(16 * n, key=keys[1])
-    validation = jnp.concatenate([place(others, n // 2), others[-n // 2 :]])
+    interior, validation = [
+        place(half.interior(16 * n, key=key), n) for key in keys[:2]
+    ]
     early = place(half.face(0, "lower", 2048, key=keys[2]), n // 6)
     ends = [
         place(half.face(1, side, 2048, key=keys[3]), n // 12)
