@@ -232,13 +232,13 @@ def learn(
     ready = with_system(solver, prior, conditions)
     task = Task(None, objective, ready, adjoint, jnp.asarray(max_inner_steps))
     learned_at_all, _ = partition(prior, conditions, task)
-    start = first_start(prior, conditions, checked_initial(initial, prior))
     _warn_of_fixed(prior)
     if scale_search and not has_scale(prior, conditions[0].points.shape[1]):
         scale_search = False
     optimiser = as_optimiser(optimiser, learned_at_all, objective, bool(scale_search))
     if patience is None:
         patience = default_patience(optimiser, learned_at_all)
+    start = first_start(prior, conditions, checked_initial(initial, prior))
     callbacks = tuple(callback) if isinstance(callback, Sequence) else (callback,)
     file = None
     if checkpoint is not None:
