@@ -24,6 +24,8 @@ cache = root / ".cache" / "tutorials"
 
 # Compiles faster. The kernels inherit it.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+# Two run at a time: threads of one that wait in a busy loop take the other's core.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # As in the FAQ: solves under `vmap` could hang.
 os.environ.setdefault("NPROC", "8")
 
