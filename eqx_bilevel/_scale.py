@@ -150,9 +150,8 @@ def search_scale(
                 _walk(attempt, best, direction)
             if best() is before:
                 break
-    found = best()
-    lengths = found.lengths if np.isfinite(found.objective) else dim * [typical]
-    return at(lengths), tried
+    # What was given, if nothing is finite.
+    return at(best().lengths), tried
 
 
 def _valleys(values: Sequence[float]) -> list[int]:

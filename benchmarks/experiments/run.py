@@ -141,7 +141,8 @@ if __name__ == "__main__":
         print(table(read("experiments")))
     else:
         for name in arguments.names or names:
-            rows = read("experiments")[name]["runs"] if arguments.add else []
+            kept = read("experiments").get(name, {}) if arguments.add else {}
+            rows = kept.get("runs", [])
             for seed in range(len(rows), arguments.seeds):
                 rows.append(run(name, seed))
                 print(json.dumps(rows[-1]), flush=True)
