@@ -72,7 +72,10 @@ class FixedPointAdjoint(optx.AbstractAdjoint):
 FixedPointAdjoint.__init__.__doc__ = """**Arguments:**
 
 - `linear_solver`: A Lineax solver for the system with $I - \\partial T / \\partial z$.
-    It should need only products with the matrix.
+    It should need only products with the matrix. Default: GMRES with a relative
+    tolerance of 1e-10 and at most 100 products, without restarts. If more than 1e-4 of
+    the right-hand side is left then the derivative raises a runtime error, or is nan
+    with the environment variable `EQX_ON_ERROR=nan`.
 """
 
 

@@ -271,8 +271,11 @@ Condition.__init__.__doc__ = """**Arguments:**
 The remaining arguments are keyword-only.
 
 - `noise`: The standard deviation of the target's error, in its units: one number, or
-    an array of shape `(n,)`. For errors that are not independent, the covariance matrix
-    of all targets, those of the first point first.
+    an array of shape `(n,)`, which serves for all values that the operator returns at a
+    point. If these have errors of different size then make a condition of each. For
+    errors that are not independent, the covariance matrix of all targets (variances,
+    in squared units), of shape `(n q, n q)` for `q` values at each point, those of the
+    first point first.
 - `nugget`: A relative variance: it is multiplied by the mean prior variance of this
     condition's linearised operator. If neither is given then the nugget is chosen by
     [`eqx_bilevel.solve`][], as small as rounding allows.

@@ -130,6 +130,14 @@ class CrossValidation(AbstractLeastSquaresObjective, AbstractWholeObjective):
     for linear conditions exactly, and otherwise for those linearised at the solution.
     The `i`-th of $k$ folds has the points $i, i + k, i + 2k, \ldots$ It needs $M^2$
     memory.
+
+    ??? cite "References"
+
+        S. Sundararajan and S. S. Keerthi, *Predictive approaches for choosing
+        hyperparameters in Gaussian processes*, Neural Computation 13 (2001). With
+        folds: D. Ginsbourger and C. Schärer, *Fast calculation of Gaussian process
+        multiple-fold cross-validation residuals and their covariances*,
+        [arXiv:2101.03108](https://arxiv.org/abs/2101.03108).
     """
 
     condition: str | None = eqx.field(static=True, default=None)

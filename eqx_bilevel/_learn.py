@@ -132,6 +132,12 @@ def learn(
     is only raised where it must be. Once the optimiser has converged, a smaller one is
     tried.
 
+    ??? cite "Reference"
+
+        N. H. Nelsen, H. Owhadi, A. M. Stuart, X. Yang and Z. Zou, *Bilevel optimization
+        for learning hyperparameters*,
+        [arXiv:2510.05568](https://arxiv.org/abs/2510.05568).
+
     **Arguments:**
 
     - `prior`: A [`eqx_bilevel.GaussianProcess`][], or a dictionary of them.
@@ -139,9 +145,12 @@ def learn(
     - `objective`: An [`eqx_bilevel.AbstractObjective`][], or a sum of them.
     - `optimiser`: An Optax optimiser; or an Optimistix minimiser (of the logarithm of
         the objective, if that is a sum of squares); or a least-squares solver, if it
-        is. Each of its steps must evaluate the objective at one point, as all but
-        `optimistix.NelderMead` do. Default: [`eqx_bilevel.BoundedBFGS`][] for up to
-        3000 hyperparameters, and otherwise `optax.adam(1e-3)`.
+        is. Each of its steps must evaluate the objective at one point, which
+        `optimistix.NelderMead`, `optimistix.GoldenSearch` and line searches of Optax,
+        as in `optax.lbfgs`, do not. Default: [`eqx_bilevel.BoundedBFGS`][] for up to
+        3000 hyperparameters, and otherwise `optax.adam(1e-3)`. Its `max_length` is 0.3
+        with more than 20 of them, and else 0.1 after a scale search and 0.7 without;
+        its `rtol` and `atol` are 1e-5, and 1e-3 for a sum of squares of up to 20.
 
     The remaining arguments are keyword-only.
 

@@ -32,6 +32,13 @@ class MatrixFree(AbstractKernelSystem):
 
     They are preconditioned with an approximation of that rank. For a smooth kernel few
     functionals determine all others, so that a few steps are enough.
+
+    ??? cite "References"
+
+        Y. Chen, E. N. Epperly, J. A. Tropp and R. J. Webber, *Randomly pivoted
+        Cholesky*, [arXiv:2207.06503](https://arxiv.org/abs/2207.06503). As a
+        preconditioner: M. Díaz et al., *Robust, randomized preconditioning for kernel
+        ridge regression*, [arXiv:2304.12465](https://arxiv.org/abs/2304.12465).
     """
 
     rank: int = eqx.field(static=True, default=1000)

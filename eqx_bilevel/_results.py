@@ -3,7 +3,23 @@ import optimistix as optx
 
 # Extends `optimistix.RESULTS`, whose messages apply here too.
 class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
-    """What came of a solve. `RESULTS[result]` is the message."""
+    """What came of a solve. `RESULTS[result]` is the message; the [FAQ](../faq.md) says
+    what to do. It extends `optimistix.RESULTS`, of which occur
+
+    - `successful`;
+    - `nonlinear_max_steps_reached`: Gauss-Newton did not converge in `max_steps`;
+
+    and has beside these
+
+    - `singular_gram`: the Gram matrix could not be factorised (or, without a matrix,
+        conjugate gradients did not converge), even with the largest nugget tried;
+    - `nonfinite_data`: a hyperparameter, a point or a target is inf or nan;
+    - `nonfinite_operator`: an operator or one of its derivatives is, at its
+        `reference`;
+    - `no_scale`: the prior variance of a condition is zero there, so that a nugget is
+        relative to nothing;
+    - `duplicate_points`: a condition without noise has the same point twice.
+    """
 
     successful = ""
     nonfinite_data = (

@@ -65,6 +65,12 @@ def solve(
     It is differentiable, in forward and reverse mode, with respect to every array in
     `prior` and `conditions`; and it can be used under `jax.jit`, `jax.vmap` and so on.
 
+    ??? cite "Reference"
+
+        Y. Chen, B. Hosseini, H. Owhadi and A. M. Stuart, *Solving and learning
+        nonlinear PDEs with Gaussian processes*,
+        [arXiv:2103.12959](https://arxiv.org/abs/2103.12959).
+
     **Arguments:**
 
     - `prior`: A [`eqx_bilevel.GaussianProcess`][]; or for several unknown functions a

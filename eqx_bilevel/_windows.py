@@ -154,8 +154,8 @@ def solve_windows(
 
     **Arguments:**
 
-    - `prior`, `conditions`, `solver`: As for [`eqx_bilevel.solve`][]; but only dense
-        matrices are possible.
+    - `prior`, `conditions`, `solver`: As for [`eqx_bilevel.solve`][]; but not with an
+        [`eqx_bilevel.SparseCholesky`][]. Each window starts where the last one ended.
 
     The remaining arguments are keyword-only.
 
@@ -183,8 +183,9 @@ def solve_windows(
     check_num_steps(num_windows, "num_windows")
     if isinstance(solver.linear_solver, SparseCholesky):
         raise ValueError(
-            "`solve_windows` needs a dense `linear_solver`, for the covariance between "
-            "windows, got a `SparseCholesky`."
+            "`solve_windows` needs the covariance between windows, which a "
+            "`SparseCholesky` has not. Use an `eqx_bilevel.MatrixFree` or a dense "
+            "`linear_solver`."
         )
     prior, conditions = checked(prior, conditions)
     found, _ = find_condition(conditions, initial_condition, "`initial_condition`")

@@ -1,5 +1,7 @@
 """Long times in windows, against exact solutions and single solves."""
 
+import dataclasses
+
 import equinox as eqx
 import eqx_bilevel as eb
 import jax
@@ -86,6 +88,16 @@ def test_heat():
     x = x[x[:, 0] > 1]
     ratio = windows.std(x) / whole.std(x)
     assert 0.4 < jnp.min(ratio) and jnp.max(ratio) < 1.5
+
+
+def test_without_a_matrix():
+    solver = eb.GaussNewton(linear_solver=eb.MatrixFree(200, rtol=1e-12))
+    # With the same nuggets, except for what is added where a window starts.
+    conditions = [dataclasses.replace(c, nugget=1e-9) for c in heat(0.2, 4)]
+    one, other = [in_windows(smooth, conditions, 3, 0.2, *s) for s in ([], [solver])]
+    x = grid(jnp.linspace(0.05, 0.6, 5), jnp.linspace(-0.9, 0.9, 5))
+    assert relative_error(other(x), one(x)) < 1e-6
+    assert relative_error(other.std(x), one.std(x)) < 1e-3
 
 
 def test_time_as_another_coordinate():
@@ -338,5 +350,5 @@ def test_wrong_use():
         use(axis=1)
     with pytest.raises(ValueError, match="condition 'start', but the conditions are"):
         use(conditions[:2])
-    with pytest.raises(ValueError, match="dense `linear_solver`"):
+    with pytest.raises(ValueError, match="which a `SparseCholesky` has not"):
         use(conditions, 2, 0.2, eb.GaussNewton(linear_solver=eb.SparseCholesky()))

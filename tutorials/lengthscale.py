@@ -78,6 +78,7 @@ objectives, errors, radii = map(jnp.array, zip(*map(judge, lengthscales)))
 # %%
 start = eb.GaussianProcess(eb.Gaussian(0.1))
 learned = eb.learn(start, conditions, objective)
+# Numbers in kernels are stored as parameters. `unwrap` makes them numbers again.
 found = eb.unwrap(learned.prior).kernel.lengthscale
 _, error, radius = judge(found)
 _, error_before, _ = judge(jnp.array(0.1))

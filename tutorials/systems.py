@@ -11,7 +11,7 @@
 #
 # Kovasznay found the flow behind a grid of rods in closed form. Here it is computed
 # from the velocity on the boundary of a rectangle, and from one value of the pressure,
-# without which that is known up to a constant.
+# which is otherwise determined only up to a constant.
 
 # %%
 import eqx_bilevel as eb

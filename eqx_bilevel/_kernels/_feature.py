@@ -41,6 +41,13 @@ class Gibbs(AbstractFeatureKernel):
     [`eqx_bilevel.Gaussian`][] if that is constant. If the same lengthscale serves for
     all dimensions then the product is over equal factors, so that the square root
     appears to the power $d$.
+
+    ??? cite "References"
+
+        M. N. Gibbs, *Bayesian Gaussian processes for regression and classification*,
+        PhD thesis, University of Cambridge (1997). C. J. Paciorek and M. J. Schervish,
+        *Nonstationary covariance functions for Gaussian process regression*, NeurIPS
+        (2003).
     """
 
     lengthscale: Callable[[Array], Array] | AbstractParameter = eqx.field(
@@ -89,7 +96,14 @@ def _warp_function(warp: Any) -> Any:
 
 
 class Warped(AbstractFeatureKernel):
-    """A kernel of transformed points: `kernel(warp(x), warp(y))`."""
+    """A kernel of transformed points: `kernel(warp(x), warp(y))`. With a network as
+    the warp it is a deep kernel.
+
+    ??? cite "Reference"
+
+        A. G. Wilson, Z. Hu, R. Salakhutdinov and E. P. Xing, *Deep kernel learning*,
+        [arXiv:1511.02222](https://arxiv.org/abs/1511.02222).
+    """
 
     kernel: AbstractKernel | AbstractParameter = eqx.field(converter=as_kernel)
     warp: Callable[[Array], Array] | AbstractParameter = eqx.field(
