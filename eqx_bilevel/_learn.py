@@ -155,7 +155,7 @@ def learn(
     The remaining arguments are keyword-only.
 
     - `gradient`: `"implicit"` (exact) or `"frozen"` (of the paper).
-    - `steps`: The largest number of steps.
+    - `steps`: The largest number of steps. With none, the scale search is all.
     - `scale_search`: Whether to first try a few common factors of all lengthscales,
         beside what is given; or how many. They are spread between the distance of the
         points and the size of the domain, and four more are tried around the best of
@@ -216,6 +216,12 @@ def learn(
     if verbose not in (True, False, "bar"):
         raise ValueError(f"`verbose` must be a boolean or 'bar', got {verbose!r}.")
     check_num_steps(max_inner_steps, "max_inner_steps")
+    check_num_steps(steps, "steps", least=0)
+    check_num_steps(scale_search, "scale_search", least=0)
+    if patience is not None:
+        check_num_steps(patience, "patience")
+    if not 0 <= rtol < np.inf:
+        raise ValueError(f"`rtol` must be a finite non-negative number, got {rtol}.")
     prior, conditions = checked(prior, conditions)
     if not isinstance(objective, AbstractObjective):
         hint = " A function of the solution makes one: `eqx_bilevel.Objective(fn)`."
@@ -346,7 +352,7 @@ def _learn(
     theta, given = partition(prior, conditions, task)
     with not_collecting():
         stage = first_stage(optimiser, theta, given, start)
-        ahead = compile_ahead(optimiser, stage, given, key)
+        ahead = compile_ahead(optimiser, stage, given, key, limits.steps)
     wait(ahead[:1])
     if saved is not None:
         task, stage, tried = _resume(stage, given, start, record, saved)
@@ -355,8 +361,9 @@ def _learn(
             prior, conditions, task, start, num_scales, record
         )
         theta, task = partition(prior, conditions, task)
-        record.note("Compiling the step.")
-        if isinstance(optimiser, BoundedBFGS) and not tried:
+        if limits.steps > 0:
+            record.note("Compiling the step.")
+        if isinstance(optimiser, BoundedBFGS) and not tried and limits.steps > 0:
             wait(ahead)
             theta = better_start(optimiser, theta, task, start)
         stage = first_stage(optimiser, theta, task, start)

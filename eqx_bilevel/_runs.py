@@ -235,7 +235,7 @@ def first_stage(optimiser: Optimiser, theta, task: Task, start: Start) -> Stage:
 
 
 def compile_ahead(
-    optimiser: Optimiser, stage: Stage, task: Task, key: PRNGKeyArray
+    optimiser: Optimiser, stage: Stage, task: Task, key: PRNGKeyArray, steps: int
 ) -> list[Future]:
     # To wait for before the first solve, and before the first step, or either would be
     # compiled once more. One after the other: two at a time would need more memory.
@@ -244,12 +244,13 @@ def compile_ahead(
         return []
     args = run.theta, task, run.start
     thread = ThreadPoolExecutor(1)
-    solving = compiling(thread, evaluate, *args)
-    found, outcome = stand_ins(eqx.filter_eval_shape(evaluate, *args))
-    program, args = run.call(optimiser, task, found, outcome, key)
-    stepping = compiling(thread, program, *args)
+    futures = [compiling(thread, evaluate, *args)]
+    if steps > 0:
+        found, outcome = stand_ins(eqx.filter_eval_shape(evaluate, *args))
+        program, args = run.call(optimiser, task, found, outcome, key)
+        futures.append(compiling(thread, program, *args))
     thread.shutdown(wait=False)  # It ends when all is compiled.
-    return [solving, stepping]
+    return futures
 
 
 def minimise(

@@ -178,9 +178,10 @@ def _has_sparse_factors(prior: Any, conditions: Sequence[Condition]) -> bool:
     )
 
 
-def check_num_steps(num: int, name: str) -> None:
-    if not isinstance(num, int) or num < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {num}.")
+def check_num_steps(num: int, name: str, least: int = 1) -> None:
+    if not isinstance(num, int) or num < least:
+        kind = "positive" if least == 1 else "non-negative"
+        raise ValueError(f"`{name}` must be a {kind} integer, got {num}.")
 
 
 @eqx.filter_jit

@@ -449,6 +449,22 @@ _wrong = {
         ),
         "`max_inner_steps` must be a positive integer, got 0",
     ),
+    "steps": (
+        lambda: eb.learn(_prior(), data, _objective(), steps=-1),
+        "`steps` must be a non-negative integer, got -1",
+    ),
+    "scale_search": (
+        lambda: eb.learn(_prior(), data, _objective(), scale_search=-2),
+        "`scale_search` must be a non-negative integer, got -2",
+    ),
+    "patience": (
+        lambda: eb.learn(_prior(), data, _objective(), patience=0),
+        "`patience` must be a positive integer, got 0",
+    ),
+    "rtol": (
+        lambda: eb.learn(_prior(), data, _objective(), rtol=float("nan")),
+        "`rtol` must be a finite non-negative number, got nan",
+    ),
     "validation where it was fitted": (
         lambda: eb.learn(_prior(), data, eb.ValidationResidual(ends, "ends")),
         "All points of `ValidationResidual` are points of the condition itself",

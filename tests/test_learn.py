@@ -329,6 +329,18 @@ def test_scale_search(start):
     assert _error(learned.solution) < 1e-4
 
 
+def test_scale_search_alone(compiled):
+    objective = eb.ValidationResidual(validation)
+    learned = eb.learn(_prior(0.03), _conditions(nugget=2e-6), objective, steps=0)
+    # Its best: no step is made, and none compiled.
+    best = min(learned.scale_search, key=lambda tried: tried.objective)
+    found = learned.prior.kernel.lengthscale.value, learned.objective
+    expected = best.lengths[0], best.objective
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert len(learned.history) == 0 and not learned.converged
+    assert not any("optimistix_step" in name for name in compiled.names)
+
+
 @pytest.mark.parametrize("narrow", [0.172, 0.366, 0.78])
 def test_scale_search_of_two_valleys(narrow):
     # A wide one beyond the largest length, and one that falls between two lengths.
