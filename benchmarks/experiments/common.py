@@ -63,16 +63,18 @@ def learned_from(prior, conditions, objective) -> Run:
     return Run(untrained, learned.solution, learned)
 
 
-def _in_stages(prior, stated, steps, *, goes_on) -> Run:
+def _in_stages(prior, stated, steps, *, goes_on, enough=0.0) -> Run:
     # Each begins with the prior of the last one, and with its solution if it `goes_on`.
+    # All but the first end once the objective is small `enough`.
     # `stated` are functions that are given this prior, or nothing at first.
     conditions, _ = stated[-1](None)
     untrained = lambda: eb.solve(prior, conditions, throw=False)
     state, *others = stated
     learned = eb.learn(prior, *state(None), steps=steps[0], throw=False)
+    options: dict = dict(callback=lambda p: p.objective < enough, throw=False)
     for state, most in zip(others, steps[1:], strict=True):
         before, start = learned.prior, learned.solution if goes_on else None
-        options = dict(initial=start, steps=most, scale_search=False, throw=False)
+        options |= dict(initial=start, steps=most, scale_search=False)
         learned = eb.learn(before, *state(before), **options)
     return Run(untrained, learned.solution, learned)
 
@@ -98,9 +100,11 @@ def by_continuation(
     *,
     n: int,
     steps: tuple[int, int, int],
+    enough: float = 0.0,
 ) -> Run:
     """Learns for one value of a parameter after the other, at `n` points: a third of
-    them for the first, and twice as many once more for the last.
+    them for the first, and twice as many once more for the last. All but the first end
+    once the objective is small `enough`.
 
     `stated(value, n, place)` is told how to choose points from candidates: those that
     suit the kernel that was learned last.
@@ -118,4 +122,4 @@ def by_continuation(
         lambda before, v=v, n=n: stated(v, n, place(before)) for v, n, _ in stages
     ]
     most = [most for *_, most in stages]
-    return _in_stages(prior, states, most, goes_on=True)
+    return _in_stages(prior, states, most, goes_on=True, enough=enough)

@@ -5,8 +5,8 @@
     python benchmarks/experiments/sensitivity.py --keep     # writes the results kept
 
 The problems are the elliptic one with a Gaussian kernel, and Burgers' equation and the
-eikonal one with a network, all at 300 + 100 points. Each choice is run with three seeds
-of points and networks.
+eikonal one with a network, all at 300 + 100 points, but for the stages. Each choice is
+run with three seeds of points and networks.
 """
 
 import functools as ft
@@ -89,6 +89,19 @@ def option(**new):
     return lambda stated, key: stated._replace(options=stated.options | new)
 
 
+def three_times_the_points(stated, key):
+    conditions, objective = burgers.stated(key, 3 * len(stated.objective.points))
+    return stated._replace(conditions=conditions, objective=objective)
+
+
+def after_fewer(stated, key):
+    kernel, *problem, options = stated
+    first = eb.learn(eb.GaussianProcess(kernel), *problem, **options)
+    options = options | dict(scale_search=False)
+    learned = stated._replace(kernel=first.prior.kernel, options=options)
+    return three_times_the_points(learned, key)
+
+
 def choices(problem):
     default, box = option(), problem.box
     some = lambda n, method="sobol": validation(
@@ -141,10 +154,14 @@ def choices(problem):
         optimisers["Levenberg-Marquardt"] = option(optimiser=levenberg)
     if problem.module is burgers:
         found["network"] = networks
+        found["stages"] = {
+            "900 + 300 at once": three_times_the_points,
+            "300 + 100, then 900 + 300": after_fewer,
+        }
     return found
 
 
-kinds = ("kernel", "nugget", "optimiser", "validation", "misfit", "network")
+kinds = ("kernel", "nugget", "optimiser", "validation", "misfit", "network", "stages")
 
 
 #
@@ -158,9 +175,9 @@ def run(name, kind, choice, seed, n=300, steps=None):
     options = dict(steps=steps or most_steps, throw=False)
     stated = Stated(kernel(network_key), *module.stated(points_key, n), options)
     key = network_key if kind in ("kernel", "network") else other_key
+    began = time.perf_counter()
     stated = choices(problem)[kind][choice](stated, key)
     prior = eb.GaussianProcess(stated.kernel)
-    began = time.perf_counter()
     learned = eb.learn(prior, stated.conditions, stated.objective, **stated.options)
     return dict(
         problem=name,
