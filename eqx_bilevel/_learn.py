@@ -363,9 +363,9 @@ def _learn(
         theta, task = partition(prior, conditions, task)
         if limits.steps > 0:
             record.note("Compiling the step.")
-        if isinstance(optimiser, BoundedBFGS) and not tried and limits.steps > 0:
-            wait(ahead)
-            theta = better_start(optimiser, theta, task, start)
+            if isinstance(optimiser, BoundedBFGS) and not tried:
+                wait(ahead)
+                theta = better_start(optimiser, theta, task, start)
         stage = first_stage(optimiser, theta, task, start)
 
     def keep(stage: Stage) -> None:

@@ -155,7 +155,8 @@ def solve_windows(
     **Arguments:**
 
     - `prior`, `conditions`, `solver`: As for [`eqx_bilevel.solve`][]; but not with an
-        [`eqx_bilevel.SparseCholesky`][]. Each window starts where the last one ended.
+        [`eqx_bilevel.SparseCholesky`][]. There is no `initial`: the inner solve
+        of each window starts at the solution of the last.
 
     The remaining arguments are keyword-only.
 

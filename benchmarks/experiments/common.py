@@ -71,11 +71,11 @@ def _in_stages(prior, stated, steps, *, goes_on, enough=0.0) -> Run:
     untrained = lambda: eb.solve(prior, conditions, throw=False)
     state, *others = stated
     learned = eb.learn(prior, *state(None), steps=steps[0], throw=False)
-    options: dict = dict(callback=lambda p: p.objective < enough, throw=False)
+    is_enough = lambda progress: progress.objective < enough
     for state, most in zip(others, steps[1:], strict=True):
         before, start = learned.prior, learned.solution if goes_on else None
-        options |= dict(initial=start, steps=most, scale_search=False)
-        learned = eb.learn(before, *state(before), **options)
+        options = dict(initial=start, steps=most, scale_search=False, throw=False)
+        learned = eb.learn(before, *state(before), callback=is_enough, **options)
     return Run(untrained, learned.solution, learned)
 
 
