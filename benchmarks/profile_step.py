@@ -19,7 +19,7 @@ import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
 import optax
-from eqx_bilevel import _gram, _learn, _linearised, _outer, _solve
+from eqx_bilevel import _checks, _gram, _learn, _linearised, _outer
 from hypergradient import cases, stated
 from measuring import compiled, timed
 
@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
 def parts(case: str, n: int, gradient: str) -> dict[str, Part]:
     prior, conditions, objective, kernel = stated(cases[case], n, n // 3)
-    prior, conditions = _solve.checked(prior(kernel), conditions)
+    prior, conditions = _checks.checked(prior(kernel), conditions)
     adjoint = _learn._adjoint(gradient)
     one = jnp.array(1)
     task = _outer.Task(None, objective, eb.GaussNewton(), adjoint, one)
@@ -59,7 +59,7 @@ def parts(case: str, n: int, gradient: str) -> dict[str, Part]:
 
     def problem(theta):
         stated = eqx.combine(theta, task.rest)
-        return _solve.sanitised(*_solve.unwrap(stated))[0]
+        return _checks.sanitised(*_checks.unwrap(stated))[0]
 
     def network(theta):
         return [r.sides for r in problem(theta).rows]

@@ -18,6 +18,7 @@ from jaxtyping import Array, PRNGKeyArray
 from ._adjoint import FixedPointAdjoint, FrozenAdjoint
 from ._ahead import not_collecting
 from ._checkpoint import Checkpoint
+from ._checks import check_num_steps, checked, checked_initial, functions_as_pytrees
 from ._condition import Condition, GaussianProcess, is_concrete
 from ._fingerprint import fingerprint
 from ._gauss_newton import GaussNewton
@@ -25,6 +26,7 @@ from ._geometry import as_key
 from ._kernels import fixed_numbers
 from ._krylov import FixedPointGMRES
 from ._last_solve import last_solve
+from ._linear_solver import with_system
 from ._objectives import AbstractObjective, as_data_objective
 from ._optimiser import as_optimiser, default_patience, Optimiser
 from ._outer import evaluate, first_start, partition, Start, Task
@@ -45,14 +47,7 @@ from ._runs import (
 )
 from ._scale import has_scale, search_scale, Tried
 from ._solution import Solution
-from ._solve import (
-    check_num_steps,
-    checked,
-    checked_initial,
-    functions_as_pytrees,
-    solve,
-    with_system,
-)
+from ._solve import solve
 from ._subset import restored, thinned
 
 
@@ -399,10 +394,9 @@ def _search(
     # The best prior, and where its inner solve ended.
     if num == 0:
         return prior, start, []
-    best, best_start = np.inf, start
+    starts = []
 
     def value(lengths, candidate):
-        nonlocal best, best_start
         # What was given may be good, and need some steps to show it.
         given = candidate is prior
         steps = MANY_INNER_STEPS if given else FEW_INNER_STEPS
@@ -410,12 +404,12 @@ def _search(
         found, outcome = evaluate(theta, scaled, start)
         record.add_search(lengths, outcome, candidate, conditions, found.solution)
         objective = float(outcome.objective)
-        if objective < best:
-            best, best_start = objective, warm(outcome, start.jitter)
-        return objective if np.isfinite(objective) else np.inf
+        good = np.isfinite(objective)
+        starts.append(warm(outcome, start.jitter) if good else start)
+        return objective if good else np.inf
 
     prior, tried = search_scale(prior, conditions, value, num)
-    return prior, best_start, tried
+    return prior, starts[np.argmin([each.objective for each in tried])], tried
 
 
 def _resume(

@@ -9,10 +9,10 @@ import optax
 import optimistix as optx
 from jaxtyping import PyTree
 
+from ._checks import functions_as_pytrees
 from ._objectives import AbstractLeastSquaresObjective, AbstractObjective
 from ._outer import optax_update
 from ._quasi_newton import BoundedBFGS
-from ._solve import functions_as_pytrees
 
 
 Optimiser: TypeAlias = (

@@ -15,6 +15,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from ._checks import all_finite, problem_with, sanitised
 from ._condition import Condition, learned_in
 from ._gauss_newton import GaussNewton
 from ._hypergradient import differentiable
@@ -28,15 +29,7 @@ from ._parameters import unwrap
 from ._problem import trace_conditions
 from ._results import RESULTS
 from ._solution import Reading, Solution
-from ._solve import (
-    all_finite,
-    initial_jitter,
-    initial_z,
-    of_use,
-    problem_with,
-    sanitised,
-    solve_problem,
-)
+from ._solve import initial_jitter, initial_z, of_use, solve_problem
 
 
 class Task(eqx.Module):

@@ -11,9 +11,11 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from ._adjoint import FixedPointAdjoint
+from ._checks import functions_as_pytrees
 from ._closure import function_as_pytree
 from ._gauss_newton import GaussNewton
 from ._learn import Learned
+from ._linear_solver import with_system
 from ._objectives import (
     AbstractLeastSquaresObjective,
     AbstractObjective,
@@ -22,7 +24,6 @@ from ._objectives import (
 from ._outer import partition, solve_at, Start, Task
 from ._parameters import unwrap
 from ._solution import Solution
-from ._solve import functions_as_pytrees, with_system
 
 
 class HyperparameterPosterior(eqx.Module):

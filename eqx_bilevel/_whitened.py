@@ -11,6 +11,7 @@ import optimistix as optx
 from jaxtyping import Array, Float
 
 from ._adjoint import without_gradient
+from ._checks import checked, sanitised
 from ._condition import Condition, GaussianProcess
 from ._gauss_newton import Root
 from ._gram import covariance, dense, GramOperator, Noise
@@ -20,7 +21,7 @@ from ._parameters import unwrap
 from ._problem import Problem
 from ._results import RESULTS
 from ._solution import Solution
-from ._solve import checked, initial_jitter, sanitised, solution_at
+from ._solve import initial_jitter, solution_at
 from ._system import DenseSystem, gram_solve
 
 

@@ -13,6 +13,7 @@ import wadler_lindig as wl
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from ._adjoint import FixedPointAdjoint, without_gradient
+from ._checks import all_finite, check_num_steps, check_solver, checked, sanitised
 from ._closure import function_as_pytree
 from ._condition import Condition, GaussianProcess, is_concrete
 from ._gauss_newton import GaussNewton
@@ -22,14 +23,7 @@ from ._pretty import named_doc
 from ._problem import find_condition, Problem
 from ._results import RESULTS
 from ._solution import Solution
-from ._solve import (
-    all_finite,
-    check_num_steps,
-    check_solver,
-    checked,
-    sanitised,
-    solve_problem,
-)
+from ._solve import solve_problem
 from ._sparse import SparseCholesky
 
 

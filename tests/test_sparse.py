@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import scipy.linalg
 from eqx_bilevel._gram import Block, covariance
+from eqx_bilevel._linear_solver import _most_dense
 from eqx_bilevel._linearised import linearise
 from eqx_bilevel._parameters import unwrap
 from eqx_bilevel._problem import build
-from eqx_bilevel._solve import _most_dense
 from eqx_bilevel._sparse import _pattern
 from eqx_bilevel._sparse._factor import (
     covariance_product,
@@ -599,7 +599,7 @@ def test_coefficients_that_are_zero():
 
 def test_chosen_where_there_are_many_points(monkeypatch):
     # As if few were many.
-    monkeypatch.setattr("eqx_bilevel._solve._MANY", 30)
+    monkeypatch.setattr("eqx_bilevel._linear_solver._MANY", 30)
     prior, conditions = elliptic(24)
     chosen = lambda *problem: type(eb.solve(*problem).linear_solver)
     smooth = eb.GaussianProcess(eb.Gaussian(0.3))
@@ -611,8 +611,8 @@ def test_chosen_where_there_are_many_points(monkeypatch):
         memory = dict(SC_PHYS_PAGES=8, SC_PAGE_SIZE=8 * 31**2)
         patch.setattr("os.sysconf", memory.get)
         assert _most_dense() == 31
-    monkeypatch.setattr("eqx_bilevel._solve._MANY", 8000)
-    monkeypatch.setattr("eqx_bilevel._solve._most_dense", lambda: 31)
+    monkeypatch.setattr("eqx_bilevel._linear_solver._MANY", 8000)
+    monkeypatch.setattr("eqx_bilevel._linear_solver._most_dense", lambda: 31)
     assert chosen(prior, conditions) == eb.SparseCholesky
     assert chosen(smooth, conditions) == eb.MatrixFree
     assert chosen(smooth, conditions[:1]) == lx.Cholesky
