@@ -2,6 +2,7 @@
 
 import functools as ft
 import importlib
+import itertools as it
 import operator as operators
 import pathlib
 import sys
@@ -173,6 +174,31 @@ def test_tables_are_those_of_the_results(name):
     table = module.table(kept if name == "experiments" else kept["runs"])
     text = (reporting.results / f"{name}.md").read_text()
     assert text == reporting.aligned(table) + "\n"
+
+
+def test_a_study_keeps_the_rows_of_other_choices(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reporting, "results", tmp_path)
+    times = it.count()
+
+    def rows(names):
+        return [dict(fruit=name, time=next(times)) for name in names]
+
+    def table(rows):
+        cells = [f"| {row['fruit']} | {row['time']} |" for row in rows]
+        return "\n".join(["| fruit | time |", "|---|---|", *cells])
+
+    for *names, after in (
+        ("pear", [("pear", 0)]),
+        ("apple", "fig", [("apple", 1), ("fig", 2), ("pear", 0)]),
+        ("fig", [("apple", 1), ("fig", 3), ("pear", 0)]),
+    ):
+        monkeypatch.setattr("sys.argv", ["study.py", *names, "--keep"])
+        fruits = ("apple", "fig", "pear")
+        reporting.study("fruits", "fruit", "Fruits.", fruits, rows, table)
+        kept = reporting.read("fruits")["runs"]
+        assert [(row["fruit"], row["time"]) for row in kept] == after
+        assert (tmp_path / "fruits.md").read_text().count("\n") == 2 + len(after)
+    assert capsys.readouterr().out.count("| pear |") == 1  # What was run, and no more.
 
 
 def test_costs_of_a_step(capsys):

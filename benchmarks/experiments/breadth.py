@@ -298,4 +298,6 @@ def table(rows):
 
 
 if __name__ == "__main__":
-    study("breadth", __doc__, equations, lambda names: map(run, names), table)
+    study(
+        "breadth", "equation", __doc__, equations, lambda names: map(run, names), table
+    )

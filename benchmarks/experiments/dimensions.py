@@ -92,4 +92,6 @@ def table(rows):
 
 
 if __name__ == "__main__":
-    study("dimensions", __doc__, kernels, lambda names: map(run, names), table)
+    study(
+        "dimensions", "kernel", __doc__, kernels, lambda names: map(run, names), table
+    )

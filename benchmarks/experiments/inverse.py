@@ -191,4 +191,4 @@ def rows(names, seeds=10):
 
 
 if __name__ == "__main__":
-    study("inverse", __doc__, problems, rows, table)
+    study("inverse", "problem", __doc__, problems, rows, table)

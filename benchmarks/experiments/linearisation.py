@@ -157,4 +157,4 @@ def rows(names, sizes=(100, 300)):
 
 
 if __name__ == "__main__":
-    study("linearisation", __doc__, problems, rows, table)
+    study("linearisation", "problem", __doc__, problems, rows, table)

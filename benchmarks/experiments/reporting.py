@@ -74,21 +74,25 @@ def read(name):
 
 def study(
     name: str,
+    key: str,
     description: str,
     choices: Iterable[str],
     rows: Callable[[Sequence[str]], Iterable[dict[str, Any]]],
     table: Callable[[list[dict[str, Any]]], str],
 ) -> None:
-    """The command line of a study: runs all or some of what can be chosen."""
+    """The command line of a study: runs all or some of what can be chosen. Rows have
+    what was chosen at `key`. Those of other choices are kept."""
     choices = tuple(choices)
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("names", nargs="*", help=f"some of {', '.join(choices)}")
     parser.add_argument("--keep", action="store_true", help="write the results")
     arguments = parser.parse_args()
-    found = []
-    for row in rows(arguments.names or choices):
-        found.append(row)
-        print(json.dumps(row), flush=True)
+    chosen, here, found = arguments.names or choices, environment(), []
+    for row in rows(chosen):
+        found.append(dict(**row, date=here["date"]))
+        print(json.dumps(found[-1]), flush=True)
     print(table(found))
     if arguments.keep:
-        write(name, dict(**environment(), runs=found), table(found))
+        kept = [r for r in read(name).get("runs", []) if r[key] not in chosen]
+        found = sorted(kept + found, key=lambda row: choices.index(row[key]))
+        write(name, dict(**here, runs=found), table(found))

@@ -121,4 +121,4 @@ def rows(names, n=300, seeds=5):
 
 
 if __name__ == "__main__":
-    study("robustness", __doc__, problems, rows, table)
+    study("robustness", "problem", __doc__, problems, rows, table)

@@ -222,4 +222,4 @@ def rows(kinds, seeds=3):
 
 
 if __name__ == "__main__":
-    study("sensitivity", __doc__, kinds, rows, table)
+    study("sensitivity", "kind", __doc__, kinds, rows, table)
