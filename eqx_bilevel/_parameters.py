@@ -87,11 +87,7 @@ class Positive(AbstractParameter):
                 f"`value` of `Positive` must be finite and greater than zero, got "
                 f"{_show(concrete)}."
             )
-        finfo = jnp.finfo(array.dtype)
-        # What underflows in the given precision is not a mistake. A negative traced
-        # value cannot be reported here: let it become NaN, not a tiny valid number.
-        clipped = jnp.clip(array, finfo.tiny, finfo.max)
-        self.raw = jnp.log(jnp.where(array < 0, array, clipped))
+        self.raw = _logarithm(array)
 
     @property
     def value(self) -> Float[Array, "..."]:
@@ -106,6 +102,15 @@ class Positive(AbstractParameter):
 
     def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
         return named_doc("Positive", [_value_doc(self, **kwargs)], **kwargs)
+
+
+@jax.jit
+def _logarithm(array: Array) -> Array:
+    finfo = jnp.finfo(array.dtype)
+    # What underflows in the given precision is not a mistake. A negative traced value
+    # cannot be reported: let it become NaN, not a tiny valid number.
+    clipped = jnp.clip(array, finfo.tiny, finfo.max)
+    return jnp.log(jnp.where(array < 0, array, clipped))
 
 
 Positive.__init__.__doc__ = """**Arguments:**

@@ -223,8 +223,8 @@ class Record:
     def decreased(self, before: float, after: float, rtol: float) -> bool:
         if np.isinf(before):
             return after < before
-        change = merit(self.objective, np.array([before, after]))
-        return bool(change[0] - change[1] > rtol)
+        before, after = merit(self.objective, np.array([before, after])).tolist()
+        return before - after > rtol
 
 
 def _values(progress: Progress) -> str:

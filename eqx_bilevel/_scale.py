@@ -119,7 +119,8 @@ def search_scale(
     tried: list[Tried] = []
 
     def at(lengths):
-        return rescaled(prior, jnp.asarray(lengths, points.dtype) / typical)
+        factor = np.asarray(lengths, points.dtype) / typical
+        return rescaled(prior, jnp.asarray(factor))
 
     def attempt(lengths, candidate=None):
         for each in tried:

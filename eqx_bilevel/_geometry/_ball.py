@@ -1,8 +1,10 @@
 """Disks, balls."""
 
+import functools as ft
 from collections.abc import Sequence
 from math import gamma, pi
 
+import jax
 import jax.numpy as jnp
 import jax.scipy.special as jsp
 import numpy as np
@@ -135,6 +137,7 @@ class Ball(AbstractDomain):
         return length(x - self.centre) - self.radius
 
 
+@ft.partial(jax.jit, static_argnums=1)
 def _directions(unit: Float[Array, "n k"], dim: int) -> Float[Array, "n d"]:
     if dim > 3:
         tiny = jnp.finfo(unit.dtype).eps

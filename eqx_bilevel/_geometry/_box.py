@@ -16,6 +16,7 @@ from ._sampling import (
     Count,
     lattice,
     METHODS,
+    numpy_of,
     strictly_between,
     unit_points,
 )
@@ -146,19 +147,19 @@ class Box(AbstractDomain):
         """
         check_face(self.dim, axis, side)
         check_method(method, METHODS)
-        end = self.lower[axis] if side == "lower" else self.upper[axis]
+        xp, lower, upper = numpy_of(self.lower, self.upper)
+        end = lower[axis] if side == "lower" else upper[axis]
         if self.dim == 1:
             if not isinstance(n, tuple):
                 as_count(n)
-            return end[None, None]
+            return jnp.asarray(end[None, None])
         # A sequence of its own for each face: dealing one sequence out to the faces of
         # a square covers only a quarter of each of them.
         stream = 1 + 2 * axis + SIDES.index(side)
         unit = unit_points(n, self.dim - 1, key, method, stream)
-        lower, upper = (jnp.delete(x, axis) for x in (self.lower, self.upper))
-        rest = strictly_between(lower, upper, unit)
-        column = jnp.full((rest.shape[0], 1), end)
-        return jnp.concatenate([rest[:, :axis], column, rest[:, axis:]], axis=1)
+        lower, upper = (xp.delete(x, axis) for x in (lower, upper))
+        xp, end, rest = numpy_of(end, strictly_between(lower, upper, unit))
+        return jnp.asarray(xp.insert(rest, axis, end, axis=1))
 
     def boundary(
         self,
@@ -198,7 +199,8 @@ class Box(AbstractDomain):
             for (axis, side), count in zip(faces, counts, strict=True)
             if count != 0
         ]
-        return jnp.concatenate(points)
+        xp, *points = numpy_of(*points)
+        return jnp.asarray(xp.concatenate(points))
 
     def grid(self, n: Count) -> Float[Array, "n d"]:
         """A regular grid that includes the boundary, for example to compare with an

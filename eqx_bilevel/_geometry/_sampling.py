@@ -116,18 +116,27 @@ def unit_points(
     return qmc.Sobol(dim, scramble=True, rng=rng).random_base2(log2)[:count]
 
 
+# JAX compiles each operation for each shape, which takes longer than all else that
+# makes points. NumPy does not, if there are numbers.
+def numpy_of(*arrays: Any) -> tuple[Any, ...]:
+    xp = jnp if is_traced(arrays) else np
+    return xp, *map(xp.asarray, arrays)
+
+
 # This form is exact at both ends: there is no rounding out of the box.
 def between(lower, upper, unit) -> Float[Array, "n d"]:
-    unit = jnp.asarray(unit, dtype=lower.dtype)
-    return lower[None] * (1 - unit) + upper[None] * unit
+    _, lower, upper, unit = numpy_of(lower, upper, unit)
+    unit = unit.astype(lower.dtype)
+    return jnp.asarray(lower[None] * (1 - unit) + upper[None] * unit)
 
 
 # A point of a sequence may be zero, or be rounded to one of the ends.
 def strictly_between(lower, upper, unit) -> Float[Array, "n d"]:
-    scale = jnp.maximum(jnp.maximum(jnp.abs(lower), jnp.abs(upper)), upper - lower)
+    xp, lower, upper, points = numpy_of(lower, upper, between(lower, upper, unit))
+    scale = xp.maximum(xp.maximum(abs(lower), abs(upper)), upper - lower)
     margin = float(jnp.finfo(lower.dtype).eps) * scale
-    points = between(lower, upper, unit)
-    return jnp.clip(points, (lower + margin)[None], (upper - margin)[None])
+    inside = xp.clip(points, (lower + margin)[None], (upper - margin)[None])
+    return jnp.asarray(inside)
 
 
 # Numbers that belong together, as arrays. A list beside a float32 array is meant to be
