@@ -34,6 +34,9 @@ def start(x):
     return {"u": -jnp.cos(3 * jnp.pi * x[1]), "v": jnp.cos(2 * jnp.pi * x[1])}
 
 
+prior = {name: eb.GaussianProcess(eb.Gaussian([0.7, 0.7])) for name in "uv"}
+
+
 def stated(key, n, start):
     keys = jax.random.split(key, 4)
     early = space_time.face(0, "lower", 2 * n // 9, key=keys[1])
@@ -47,8 +50,7 @@ def stated(key, n, start):
     return conditions, eb.ValidationResidual(space_time.interior(n, key=keys[3]))
 
 
-def run(key, n=600, start=start):
-    prior = {name: eb.GaussianProcess(eb.Gaussian([0.7, 0.7])) for name in "uv"}
+def run(key, n=600):
     return learned_from(prior, *stated(key, n, start))
 
 

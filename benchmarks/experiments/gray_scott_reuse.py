@@ -60,9 +60,8 @@ def solve_all(prior, conditions, starts):
 
 def run(key, n=600):
     learned = gray_scott.run(key, n).learned
-    one = eb.GaussianProcess(eb.Gaussian([0.7, 0.7]))
     everything = lambda prior: solve_all(prior, learned.conditions, starts)
-    untrained = lambda: everything({"u": one, "v": one})
+    untrained = lambda: everything(gray_scott.prior)
     return Run(untrained, everything(learned.prior), learned)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import platform
+import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -30,17 +31,44 @@ def errors(pairs):
     return rows
 
 
+packages = ("eqx_bilevel", "jax", "equinox", "optimistix", "lineax", "optax", "scipy")
+
+
 def environment():
-    packages = ("jax", "equinox", "optimistix", "lineax", "numpy", "scipy")
-    with open("/proc/cpuinfo") as file:
-        lines = [line for line in file if line.startswith("model name")]
+    can_be_bound = hasattr(os, "sched_getaffinity")
     return dict(
         date=str(datetime.date.today()),
+        commit=_commit(),
         python=platform.python_version(),
         versions={name: importlib.metadata.version(name) for name in packages},
-        hardware=lines[0].split(":")[1].strip(),
-        cores=len(os.sched_getaffinity(0)),
+        hardware=_processor(),
+        cores=len(os.sched_getaffinity(0)) if can_be_bound else os.cpu_count(),
     )
+
+
+def stamp():
+    """What is written into each row, since those of a table may be of several days."""
+    here = environment()
+    return {name: here[name] for name in ("date", "commit", "cores")}
+
+
+def _commit():
+    # With "-dirty" if files were changed; nothing outside a repository.
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, cwd=results, capture_output=True, text=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
+def _processor():
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.processor()
 
 
 def write(name, kept, table):
@@ -83,16 +111,33 @@ def study(
     """The command line of a study: runs all or some of what can be chosen. Rows have
     what was chosen at `key`. Those of other choices are kept."""
     choices = tuple(choices)
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("names", nargs="*", help=f"some of {', '.join(choices)}")
-    parser.add_argument("--keep", action="store_true", help="write the results")
-    arguments = parser.parse_args()
-    chosen, here, found = arguments.names or choices, environment(), []
+    parser = command_line(description, choices)
+    arguments = parsed(parser, choices)
+    chosen, found = arguments.names or choices, []
     for row in rows(chosen):
-        found.append(dict(**row, date=here["date"]))
+        found.append(row | stamp())
         print(json.dumps(found[-1]), flush=True)
     print(table(found))
     if arguments.keep:
         kept = [r for r in read(name).get("runs", []) if r[key] not in chosen]
         found = sorted(kept + found, key=lambda row: choices.index(row[key]))
-        write(name, dict(**here, runs=found), table(found))
+        write(name, dict(**environment(), runs=found), table(found))
+
+
+def command_line(description: str, choices: Sequence[str]) -> argparse.ArgumentParser:
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=as_it_is)
+    parser.add_argument("names", nargs="*", help=f"some of {', '.join(choices)}")
+    parser.add_argument("--keep", action="store_true", help="write the results")
+    return parser
+
+
+def parsed(
+    parser: argparse.ArgumentParser, choices: Sequence[str]
+) -> argparse.Namespace:
+    # By hand: `choices` of argparse does not allow for no name at all.
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.names) - set(choices))
+    if unknown:
+        parser.error(f"there is no {', '.join(unknown)} among {', '.join(choices)}")
+    return arguments

@@ -6,11 +6,10 @@
     python benchmarks/experiments/run.py --table              # of the results kept here
 
 Each seed has points and initial networks of its own. Every run is one line of JSON on
-standard output; `--keep` puts them into the results of the repository, and with `--add`
-beside those that are there.
+standard output; `--keep` puts them into the results of the repository, in the place of
+those of the same seed.
 """
 
-import argparse
 import importlib
 import json
 import sys
@@ -20,7 +19,7 @@ import equinox as eqx
 import eqx_bilevel as eb
 import jax
 import numpy as np
-from reporting import environment, errors, read, write
+from reporting import command_line, environment, errors, parsed, read, stamp, write
 
 
 names = (
@@ -58,6 +57,8 @@ def run(name, seed, **size):
     # One, or several that were solved at once or one by one.
     is_solution = lambda x: isinstance(x, eb.Solution)
     each = jax.tree.leaves(solution, is_leaf=is_solution)
+    nuggets = [s.stats["jitter"] for s in each]
+    nuggets += [eb.unwrap(c.nugget) for c in learned.conditions if c.nugget is not None]
     return dict(
         experiment=name,
         seed=seed,
@@ -66,16 +67,18 @@ def run(name, seed, **size):
         converged=all(np.all(s.result == eb.RESULTS.successful) for s in each),
         objective=float(learned.objective),
         steps=len(learned.history["objective"]),
-        nugget=float(max(np.max(s.stats["jitter"]) for s in each)),
+        nugget=float(max(map(np.max, nuggets))),
         seconds=round(seconds, 1),
-        date=environment()["date"],
+        **stamp(),
     )
 
 
 def keep(name, rows):
     kept = read("experiments")
     command = f"python benchmarks/experiments/run.py {name} --keep"
-    kept[name] = dict(**environment(), command=command, runs=rows)
+    runs = {row["seed"]: row for row in kept.get(name, {}).get("runs", []) + rows}
+    runs = [runs[seed] for seed in sorted(runs)]
+    kept[name] = dict(**environment(), command=command, runs=runs)
     ordered = {name: kept[name] for name in names if name in kept}
     write("experiments", ordered, table(ordered))
 
@@ -130,20 +133,19 @@ def _pair(errors):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"some of {', '.join(names)}")
+    parser = command_line(__doc__, names)
     parser.add_argument("--seeds", type=int, default=5, help="how many")
-    parser.add_argument("--keep", action="store_true", help="write the results")
-    parser.add_argument("--add", action="store_true", help="to the seeds kept")
+    parser.add_argument("--add", action="store_true", help="only those not kept yet")
     parser.add_argument("--table", action="store_true", help="of the results kept")
-    arguments = parser.parse_args()
+    arguments = parsed(parser, names)
     if arguments.table:
         print(table(read("experiments")))
     else:
         for name in arguments.names or names:
             kept = read("experiments").get(name, {}) if arguments.add else {}
             rows = kept.get("runs", [])
-            for seed in range(len(rows), arguments.seeds):
+            there = {row["seed"] for row in rows}
+            for seed in sorted(set(range(arguments.seeds)) - there):
                 rows.append(run(name, seed))
                 print(json.dumps(rows[-1]), flush=True)
                 if arguments.keep:  # Each time: these take long.

@@ -6,32 +6,28 @@ with its distance smoothed by a learned length.
 
 import elliptic
 import eqx_bilevel as eb
-import jax
 import jax.numpy as jnp
 from common import learned_from, Published
 
 
 title = "Elliptic, ten parameters and nuggets"
-published = Published({"u": (None, None)})
+published = Published({})
 compare = elliptic.compare
 
 
 class SmoothedExponential(eb.AbstractKernel):
-    log_lengthscale: jax.Array
-    log_smoothing: jax.Array
+    smoothing: eb.Positive
 
     def __call__(self, x, y):
-        smoothing = jnp.exp(self.log_smoothing)
-        distance = jnp.sqrt(jnp.sum((x - y) ** 2) + smoothing**2)
-        return jnp.exp(-0.5 * distance / jnp.exp(2 * self.log_lengthscale))
+        return jnp.exp(-0.5 * jnp.sqrt(jnp.sum((x - y) ** 2) + self.smoothing**2))
 
 
 def run(key, n=900):
     kernel = (
-        eb.Scaled(eb.Polynomial(1), 1.0)
+        eb.Scaled(eb.Polynomial(1, scale=eb.Frozen(1.0)), 1.0)
         + eb.Scaled(eb.Polynomial(1), 1.0)
         + eb.Scaled(eb.Gaussian(1.0), 1.0)
-        + eb.Scaled(SmoothedExponential(jnp.log(1.0), jnp.log(0.1)), 1.0)
+        + eb.Scaled(eb.Stretched(SmoothedExponential(eb.Positive(0.1)), 1.0), 1.0)
     )
     conditions, objective = elliptic.stated(key, n, nugget=eb.Positive(1e-12))
     return learned_from(eb.GaussianProcess(kernel), conditions, objective)
