@@ -117,8 +117,8 @@ def test_linearisation():
         # The exact gradient is that of converged solves.
         assert row["far"]["converged"] and row["far"]["check"] < 1e-3
     assert mild["far"]["difference"] < strong["far"]["difference"]
-    assert mild["far"]["spectral_radius"] < strong["far"]["spectral_radius"]
-    assert len(linearisation.table([mild, strong]).splitlines()) == 4
+    assert mild["far"]["spectral radius"] < strong["far"]["spectral radius"]
+    assert len(linearisation.table([mild, strong]).splitlines()) == 9
 
 
 def test_sensitivity():

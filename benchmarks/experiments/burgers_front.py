@@ -38,12 +38,12 @@ def stated(key, viscosity, n, place):
     return conditions, eb.ValidationResidual(validation)
 
 
-def run(key, n=1000, viscosity=viscosity, num=8, stated=stated, enough=0.0):
+def run(key, n=1000, viscosity=viscosity, num=8, steps=(150, 100, 40)):
     key, network_key = jax.random.split(key)
     values = np.geomspace(burgers.viscosity, viscosity, num)
     prior = eb.GaussianProcess(kernel(network_key))
-    states, steps = ft.partial(stated, key), (150, 100, 40)
-    return by_continuation(prior, states, values, n=n, steps=steps, enough=enough)
+    states = ft.partial(stated, key)
+    return by_continuation(prior, states, values, n=n, steps=steps)
 
 
 def compare(solution, viscosity=viscosity):

@@ -123,10 +123,3 @@ def by_continuation(
     ]
     most = [most for *_, most in stages]
     return _in_stages(prior, states, most, goes_on=True, enough=enough)
-
-
-def place_most(place, candidates, n):
-    """Three quarters of `n` points by `place`, and a quarter everywhere, since nobody
-    else would look where the kernel is wrong."""
-    few = n // 4
-    return jnp.concatenate([candidates[:few], place(candidates[few:], n - few)])
