@@ -67,6 +67,17 @@ class Progress(eqx.Module):
 
 _MOST_NUMBERS = 3
 
+# Of what a row has.
+_KINDS = dict(
+    seconds=float,
+    objective=float,
+    best=float,
+    batch=float,
+    accepted=bool,
+    inner_steps=int,
+    jitter=float,
+)
+
 
 def hyperparameters(prior: PyTree, conditions: Sequence[Condition]) -> dict:
     where = {c.name or f"conditions[{i}]": c for i, c in enumerate(conditions)}
@@ -198,9 +209,8 @@ class Record:
         return left * (seconds - since) / done if done else np.nan
 
     def history(self, num: int | None = None) -> dict[str, np.ndarray]:
-        rows = self.rows[:num]
-        names = rows[0] if rows else ()
-        return {name: np.array([row[name] for row in rows]) for name in names}
+        column = lambda name: [row[name] for row in self.rows[:num]]
+        return {name: np.array(column(name), kind) for name, kind in _KINDS.items()}
 
     #
     # Whether to go on

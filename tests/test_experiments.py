@@ -49,12 +49,22 @@ def test_learning_improves(name):
     assert module.title in first and "2 of 2" in first
 
 
-def test_all_experiments_are_there():
-    for name in run.names:
-        module = importlib.import_module(name)
-        assert module.title
-        assert callable(module.run) and callable(module.compare)
-        assert module.published.errors is not None
+@pytest.mark.parametrize("name", sorted(set(run.names) - set(small)))
+def test_without_learning(name, monkeypatch):
+    # All stages of it, and a search of one scale.
+    learn = eb.learn
+
+    def quickly(*args, scale_search=1, **options):
+        few = dict(steps=0, scale_search=min(scale_search, 1))
+        return learn(*args, **(options | few))
+
+    monkeypatch.setattr(eb, "learn", quickly)
+    row = run.run(name, 0, n=36)
+    assert row["converged"] and np.isfinite(row["objective"])
+    module = importlib.import_module(name)
+    assert module.title and set(module.published.errors) <= set(row["learned"])
+    for errors in row["learned"].values():
+        assert 0 < errors["rms"] <= errors["max"] < np.inf
 
 
 def test_exact_solutions_in_many_ways():

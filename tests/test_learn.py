@@ -337,7 +337,8 @@ def test_scale_search_alone(compiled):
     found = learned.prior.kernel.lengthscale.value, learned.objective
     expected = best.lengths[0], best.objective
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert len(learned.history) == 0 and not learned.converged
+    assert all(len(column) == 0 for column in learned.history.values())
+    assert learned.history["accepted"].dtype == bool and not learned.converged
     assert not any("optimistix_step" in name for name in compiled.names)
 
 

@@ -60,7 +60,7 @@ def learning(
 
 def _draw_steps(ax: Any, history: dict[str, np.ndarray]) -> None:
     ax.set(xlabel="step", ylabel="objective")
-    if len(history) == 0:
+    if len(history["best"]) == 0:
         return
     objective, best = (_finite(history[k]) for k in ("objective", "best"))
     accepted = np.asarray(history["accepted"], bool)
