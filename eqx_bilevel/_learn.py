@@ -27,7 +27,11 @@ from ._kernels import fixed_numbers
 from ._krylov import FixedPointGMRES
 from ._last_solve import last_solve
 from ._linear_solver import with_system
-from ._objectives import AbstractObjective, as_data_objective
+from ._objectives import (
+    AbstractLeastSquaresObjective,
+    AbstractObjective,
+    as_data_objective,
+)
 from ._optimiser import as_optimiser, default_patience, Optimiser
 from ._outer import evaluate, first_start, partition, Start, Task
 from ._progress import Callback, Record
@@ -45,7 +49,7 @@ from ._runs import (
     warm,
     with_inner_steps,
 )
-from ._scale import has_scale, search_scale, Tried
+from ._scale import are_apart, has_scale, search_scale, Tried
 from ._solution import Solution
 from ._solve import solve
 from ._subset import restored, thinned
@@ -287,6 +291,7 @@ def learn(
     if pool:
         whole = as_data_objective(objective).pooled(learned.conditions)
         learned = _with_conditions(learned, whole, solver)
+    _warn_of_gaps(learned, conditions, objective)
     failed = learned.solution.result != RESULTS.successful
     if throw and (failed or not np.isfinite(learned.objective)):
         message = RESULTS[learned.solution.result] or "The objective is not finite."
@@ -328,6 +333,27 @@ def _warn_of_fixed(prior: Any) -> None:
             "`eqx_bilevel.Positive`; or an `eqx_bilevel.Frozen`, if it is to stay.",
             stacklevel=3,
         )
+
+
+# A sum of squares that is smaller is met exactly, or not at all.
+_SUSPICIOUS = 1e-6
+
+
+def _warn_of_gaps(learned: Learned, conditions, objective: AbstractObjective) -> None:
+    squares = isinstance(objective, AbstractLeastSquaresObjective)
+    if not (squares and learned.objective < _SUSPICIOUS):
+        return
+    for _, points in as_data_objective(objective).readings(conditions):
+        if are_apart(learned.prior, conditions, points):
+            warnings.warn(
+                "The objective is small, but lengthscales are so short that most of "
+                "the points at which it looks are correlated with none of the "
+                "conditions': there the solution is the prior's mean, which happens to "
+                "satisfy the equation. Start from longer lengthscales, with a scale "
+                "search and the default optimiser.",
+                stacklevel=3,
+            )
+            return
 
 
 def _learn(

@@ -1,5 +1,6 @@
 """The search for factors of all lengthscales, before any local method."""
 
+import functools as ft
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from scipy.spatial import KDTree
 
 from ._condition import Condition, GaussianProcess
 from ._gram import Block, variances
@@ -90,6 +92,28 @@ def scales(conditions: Sequence[Condition], num: int) -> np.ndarray:
     edges = np.maximum(np.ptp(points, axis=0), 1e-30)
     spacing = (np.prod(edges) / len(points)) ** (1 / points.shape[1])
     return np.geomspace(spacing, edges.max(), num)
+
+
+def are_apart(
+    prior: Any, conditions: Sequence[Condition], points: Float[Array, "n d"]
+) -> bool:
+    # Whether most points are correlated with none of the conditions', as far as the
+    # nearest ones tell.
+    there = np.concatenate([np.asarray(c.points) for c in conditions])
+    _, nearest = KDTree(there).query(np.asarray(points))
+    found = _correlation(prior, jnp.asarray(there[nearest]), points)
+    return float(np.median(found)) < 0.1
+
+
+@eqx.filter_jit
+def _correlation(prior, x, y):
+    # The largest of all unknowns'.
+    def one(kernel, x, y):
+        return jnp.abs(kernel(x, y)) / jnp.sqrt(kernel(x, x) * kernel(y, y))
+
+    each = lambda kernel: jax.vmap(ft.partial(one, kernel))(x, y)
+    kernels = [p.kernel for p in priors_of(unwrap(prior)).values()]
+    return jnp.max(jnp.stack(list(map(each, kernels))), axis=0)
 
 
 @eqx.filter_jit

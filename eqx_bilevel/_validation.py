@@ -31,6 +31,13 @@ class ValidationResidual(AbstractLeastSquaresObjective, AbstractDataObjective):
     negligible unless the prior is so stiff that the nugget outweighs the conditions:
     then the first can be small for a function that ignores its boundary values. See
     [the method](../method.md#the-outer-problem).
+
+    !!! warning
+
+        Both vanish for lengthscales far below the distance of the points, if zero (the
+        prior's mean) satisfies the equation: the solution is zero then between them.
+        The scale search and [`eqx_bilevel.BoundedBFGS`][] stay away from there; other
+        optimisers may not, and [`eqx_bilevel.learn`][] warns if they end there.
     """
 
     points: Float[Array, "n d"]

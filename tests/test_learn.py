@@ -14,9 +14,9 @@ import optax
 import optimistix as optx
 import pytest
 from eqx_bilevel import _last_solve, _runs
+from eqx_bilevel._checks import functions_as_pytrees
 from eqx_bilevel._kernels import fixed_numbers
 from eqx_bilevel._scale import search_scale
-from eqx_bilevel._solve import functions_as_pytrees
 
 
 def _exact(x):
@@ -314,6 +314,29 @@ def test_error_carries_what_there_is():
         *arguments, optax.adam(1e-2), steps=5, scale_search=False, throw=False
     )
     assert learned.solution.result != eb.RESULTS.successful
+
+
+@pytest.mark.parametrize("length, warns", [(1e-4, True), (0.3, False)])
+def test_a_solution_that_is_zero_between_the_points(length, warns):
+    # It satisfies Burgers' equation, and the objective is as small as it can be.
+    box = eb.Box([0.0, -1.0], [1.0, 1.0])
+    keys = jax.random.split(jax.random.key(0), 3)
+    burgers = lambda u, x: u.d(0) + u.value * u.d(1) - 0.5 * u.d(1, 1)
+    start = lambda x: jnp.where(x[0] == 0, -jnp.sin(jnp.pi * x[1]), 0.0)
+    faces = [(0, "lower"), (1, "lower"), (1, "upper")]
+    sides = box.boundary(30, key=keys[1], faces=faces)
+    conditions = [
+        eb.Condition(burgers, box.interior(60, key=keys[0])),
+        eb.Condition(lambda u, x: u.value, sides, start),
+    ]
+    objective = eb.ValidationResidual(box.interior(60, key=keys[2]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        options = dict(steps=0, scale_search=False)
+        learned = eb.learn(_prior(length), conditions, objective, **options)
+    assert (learned.objective < 1e-10) == warns
+    messages = [str(w.message) for w in caught]
+    assert any("correlated with none" in message for message in messages) == warns
 
 
 @pytest.mark.parametrize("start", [0.01, 20.0])

@@ -93,7 +93,7 @@ def table(kept):
     """Of the results kept, in Markdown: medians over seeds, and the worst of them."""
     header = (
         "| experiment | unknown | untrained | learned: median | worst | published "
-        "| seconds: first | others | published | runs converged |"
+        "| seconds: first | others | published | last solve converged |"
     )
     lines = [header, "|---" * 10 + "|"]
     for name, entry in kept.items():
