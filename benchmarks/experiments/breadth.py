@@ -119,7 +119,7 @@ equations = dict(
         ((None, value), (faces(0), slope(0)), (faces(1), slope(1))),
     ),
     monge_ampere=Equation(
-        "fully nonlinear",
+        "fully nonlinear: determinant and Laplacian",
         lambda u, x: determinant(u, x) + u.laplacian,
         lambda x: jnp.exp((x[0] ** 2 + x[1] ** 2) / 2),
         2,
