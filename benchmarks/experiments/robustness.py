@@ -46,7 +46,7 @@ def network(start, key):
 problems = dict(
     elliptic=Problem(elliptic, lambda start, _: eb.Gaussian(start), 300, 40),
     burgers=Problem(burgers, lambda start, _: eb.Gaussian([start, start]), 300, 40),
-    network=Problem(burgers, network, 100, 100),
+    network=Problem(burgers, network, 300, 150),
 )
 
 
