@@ -147,7 +147,7 @@ def learn(
         is. Each of its steps must evaluate the objective at one point, which
         `optimistix.NelderMead`, `optimistix.GoldenSearch` and line searches of Optax,
         as in `optax.lbfgs`, do not. Default: [`eqx_bilevel.BoundedBFGS`][] for up to
-        3000 hyperparameters, and otherwise `optax.adam(1e-3)`. Its `max_length` is 0.3
+        6000 hyperparameters, and otherwise `optax.adam(1e-3)`. Its `max_length` is 0.3
         with more than 20 of them, and else 0.1 after a scale search and 0.7 without;
         its `rtol` and `atol` are 1e-5, and 1e-3 for a sum of squares of up to 20.
 

@@ -22,9 +22,9 @@ Optimiser: TypeAlias = (
 )
 
 # Beyond the first number hyperparameters are probably weights of a network. At the
-# second, the matrix of BFGS has 70 MB, and its update takes as long as a step.
+# second, the matrix of BFGS has 290 MB, and its update takes longer than a step.
 _FEW = 20
-_MOST_FOR_BFGS = 3000
+_MOST_FOR_BFGS = 6000
 
 
 def as_optimiser(

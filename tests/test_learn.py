@@ -16,6 +16,7 @@ import pytest
 from eqx_bilevel import _last_solve, _runs
 from eqx_bilevel._checks import functions_as_pytrees
 from eqx_bilevel._kernels import fixed_numbers
+from eqx_bilevel._optimiser import as_optimiser
 from eqx_bilevel._scale import search_scale
 
 
@@ -314,6 +315,13 @@ def test_error_carries_what_there_is():
         *arguments, optax.adam(1e-2), steps=5, scale_search=False, throw=False
     )
     assert learned.solution.result != eb.RESULTS.successful
+
+
+def test_default_optimisers():
+    objective = eb.ValidationResidual(validation)
+    kind = lambda n: type(as_optimiser(None, jnp.zeros(n), objective, True))
+    assert kind(1) == kind(6000) == eb.BoundedBFGS
+    assert kind(6001) == type(optax.adam(1e-3))
 
 
 @pytest.mark.parametrize("length, warns", [(1e-4, True), (0.3, False)])
