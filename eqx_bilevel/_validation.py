@@ -36,8 +36,9 @@ class ValidationResidual(AbstractLeastSquaresObjective, AbstractDataObjective):
 
         Both vanish for lengthscales far below the distance of the points, if zero (the
         prior's mean) satisfies the equation: the solution is zero then between them.
-        The scale search and [`eqx_bilevel.BoundedBFGS`][] stay away from there; other
-        optimisers may not, and [`eqx_bilevel.learn`][] warns if they end there.
+        The scale search starts away from there; without it, from too short
+        lengthscales, any optimiser may end there, and one whose steps have no bound
+        from others too. [`eqx_bilevel.learn`][] warns if it did.
     """
 
     points: Float[Array, "n d"]
