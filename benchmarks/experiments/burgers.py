@@ -47,7 +47,7 @@ def kernel(key):
     return eb.Gibbs(eb.LengthscaleNetwork(2, 2, scale=0.25, key=key))
 
 
-def run(key, n=900, steps=(300, 100), kernel=kernel):
+def run(key, n=900, steps=(150, 180), kernel=kernel):
     key, network_key = jax.random.split(key)
     return coarse_to_fine(
         eb.GaussianProcess(kernel(network_key)),

@@ -22,14 +22,15 @@ def eikonal(u, x):
 
 def stated(key, n):
     # The ridges are too sharp for so many points. A kernel made to satisfy the equation
-    # at all of them overshoots in between, so that the nugget is learned too.
+    # at all of them overshoots in between, so that the nugget is learned too, and what
+    # happens in between is looked at more closely.
     keys = jax.random.split(key, 3)
     nugget = eb.Positive(1e-4)
     conditions = [
         eb.Condition(eikonal, square.interior(n, key=keys[0]), 1.0, nugget=nugget),
         eb.Condition(value, square.boundary(n // 3, key=keys[1])),
     ]
-    validation = square.interior(n, key=keys[2])
+    validation = square.interior(2 * n, key=keys[2])
     return conditions, eb.ValidationResidual(validation, misfit_weight=1.0)
 
 
@@ -43,7 +44,7 @@ def run(key, n=900, kernel=kernel):
         eb.GaussianProcess(kernel(network_key)),
         lambda n: stated(key, n),
         sizes=(n // 3, n),
-        steps=(200, 60),
+        steps=(200, 150),
     )
 
 
