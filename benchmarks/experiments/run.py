@@ -10,6 +10,7 @@ standard output; `--keep` puts them into the results of the repository, in the p
 those of the same seed.
 """
 
+import functools as ft
 import importlib
 import json
 import sys
@@ -69,9 +70,20 @@ def run(name, seed, **size):
         objective=float(learned.objective),
         steps=len(learned.history["best"]),
         nugget=float(max(map(np.max, nuggets))),
+        **_hyperparameters(learned.prior),
         seconds=round(seconds, 1),
         **stamp(),
     )
+
+
+def _hyperparameters(prior):
+    # The weights of a network say nothing by themselves.
+    numbers = eqx.filter(eb.unwrap(prior), eqx.is_inexact_array)
+    if sum(x.size for x in jax.tree.leaves(numbers)) > 50:
+        return {}
+    name = ft.partial(jax.tree_util.keystr, simple=True, separator=".")
+    leaves = jax.tree_util.tree_leaves_with_path(numbers)
+    return dict(hyperparameters={name(path): x.tolist() for path, x in leaves})
 
 
 def keep(name, rows):
