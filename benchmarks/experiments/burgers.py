@@ -19,7 +19,7 @@ on_grid = tensor_grid(t, x)
 
 
 class Burgers(eqx.Module):
-    viscosity: jax.Array
+    viscosity: jax.Array | eb.AbstractParameter
 
     def __call__(self, u, x):
         return u.d(0) + u.value * u.d(1) - self.viscosity * u.d(1, 1)

@@ -6,6 +6,7 @@ which puts a solution beside the truth on a test grid. Nothing is chosen by look
 the truth.
 """
 
+import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -110,16 +111,17 @@ def by_continuation(
     suit the kernel that was learned last.
     """
 
-    def place(before):
-        if before is None:
-            return lambda candidates, n: candidates[:n]
-        return lambda candidates, n: eb.farthest_points(candidates, before.kernel, n)
+    def state(value, n, before):
+        def place(candidates, n):
+            if before is None:
+                return candidates[:n]
+            return eb.farthest_points(candidates, before.kernel, n)
+
+        return stated(value, n, place)
 
     first, others, last = steps
     stages = [(value, n, others) for value in values[1:]]
     stages = [(values[0], n // 3, first), *stages, (values[-1], 2 * n, last)]
-    states = [
-        lambda before, v=v, n=n: stated(v, n, place(before)) for v, n, _ in stages
-    ]
+    states = [ft.partial(state, value, n) for value, n, _ in stages]
     most = [most for *_, most in stages]
     return _in_stages(prior, states, most, goes_on=True, enough=enough)

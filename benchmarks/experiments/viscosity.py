@@ -4,26 +4,18 @@ The viscosity is a hyperparameter here, inside of the operator. Its error bar co
 the second derivatives of the evidence.
 """
 
-import equinox as eqx
 import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
-from burgers import space_time, start
+from burgers import Burgers, space_time, start
 from common import value
 from references import burgers as reference
 
 
 title = "Burgers, viscosity"
 noise, viscosity = 0.02, 0.1
-
-
-class Burgers(eqx.Module):
-    viscosity: eb.AbstractParameter
-
-    def __call__(self, u, x):
-        return u.d(0) + u.value * u.d(1) - self.viscosity * u.d(1, 1)
 
 
 def exact(points, viscosity):
