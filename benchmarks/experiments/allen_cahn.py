@@ -12,7 +12,7 @@ import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import by_continuation, Published, tensor_grid, value
+from common import by_continuation, place_most, Published, tensor_grid, value
 from references import allen_cahn as reference
 
 
@@ -40,12 +40,6 @@ def slope(u, x):
 
 def start(x):
     return x[1] ** 2 * jnp.cos(jnp.pi * x[1])
-
-
-def place_most(place, candidates, n):
-    # Some are everywhere, since nobody else would look where the kernel is wrong.
-    few = n // 4
-    return jnp.concatenate([candidates[:few], place(candidates[few:], n - few)])
 
 
 def stated(key, strength, n, place):

@@ -12,7 +12,7 @@ import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import learned_from, Published, tensor_grid, values
+from common import learned_from, place_most, Published, tensor_grid, values
 from references import schroedinger as reference
 
 
@@ -53,7 +53,8 @@ def kernel():
 
 def run(key, n=1500):
     keys = jax.random.split(key, 3)
-    place = lambda candidates, n: eb.farthest_points(candidates, kernel(), n)
+    by_kernel = lambda candidates, n: eb.farthest_points(candidates, kernel(), n)
+    place = ft.partial(place_most, by_kernel)
     interior, validation = [
         place(space_time.interior(16 * n, key=key), n) for key in keys[:2]
     ]
