@@ -29,14 +29,12 @@ import numpy as np
 from reporting import errors, study
 
 
-starts = (0.03, 0.1, 0.3, 1.0, 3.0)
-
-
 class Problem(NamedTuple):
     module: Any
     kernel: Callable  # of the start, and of a key
     points: int
     steps: int
+    starts: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 def network(start, key):
@@ -46,7 +44,7 @@ def network(start, key):
 problems = dict(
     elliptic=Problem(elliptic, lambda start, _: eb.Gaussian(start), 300, 40),
     burgers=Problem(burgers, lambda start, _: eb.Gaussian([start, start]), 300, 40),
-    network=Problem(burgers, network, 300, 150),
+    network=Problem(burgers, network, 300, 150, (0.03, 0.3, 3.0)),
 )
 
 
@@ -149,7 +147,7 @@ def rows(names, seeds=5):
     for name in names:
         for way in ways(problems[name].steps):
             for seed in range(seeds):
-                for start in starts:
+                for start in problems[name].starts:
                     yield run(name, seed, start, way)
 
 

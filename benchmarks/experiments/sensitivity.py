@@ -6,7 +6,7 @@
 
 The problems are the elliptic one with a Gaussian kernel, and Burgers' equation and the
 eikonal one with a network, all at 300 + 100 points, but for the stages. Each choice is
-run with three seeds of points and networks.
+run with five seeds of points and networks.
 """
 
 import dataclasses
@@ -223,7 +223,7 @@ def table(rows):
     return "\n".join(lines)
 
 
-def rows(kinds, seeds=3):
+def rows(kinds, seeds=5):
     for kind in kinds:
         for name, problem in problems.items():
             for choice in choices(problem).get(kind, ()):
