@@ -34,7 +34,7 @@ from measuring import in_own_process, peak_mb
 
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "experiments"))
-from reporting import environment, write
+from reporting import environment, markdown, write
 
 
 jax.config.update("jax_enable_x64", True)
@@ -300,14 +300,13 @@ def measure(case: Case) -> dict:
     return dict(found, peak_mb=peak_mb(), load=round(os.getloadavg()[0], 1))
 
 
-def table(rows: list[dict], **columns: tuple[str, str]) -> list[str]:
+def table(rows: list[dict], **columns: tuple[str, str]) -> str:
     # By the name of a number: how to head its column, and how to write it.
     heads = [head for head, _ in columns.values()]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in rows:
-        cells = [format(row[name], spec) for name, (_, spec) in columns.items()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    cells = [
+        [format(row[name], spec) for name, (_, spec) in columns.items()] for row in rows
+    ]
+    return markdown(heads, cells)
 
 
 ERRORS = dict(
@@ -339,51 +338,55 @@ STEP = dict(
 def tables(rows: list[dict]) -> str:
     of = lambda what: [r for r in rows if r["what"] == what]
     solves = [dict(r, radii=", ".join(f"{x:g}" for x in r["rho"])) for r in of("solve")]
-    lines = table(
-        solves,
-        **POINTS,
-        lengthscale=("lengthscale", "g"),
-        radii=("`rho`", "s"),
-        **ERRORS,
-        steps=("steps", "d"),
-        products=("CG steps", "d"),
-        cold_s=("first, s", ".1f"),
-        warm_s=("again, s", ".1f"),
-        warm_cpu_s=("CPU, s", ".1f"),
-        **LAST,
-    )
+    parts = [
+        table(
+            solves,
+            **POINTS,
+            lengthscale=("lengthscale", "g"),
+            radii=("`rho`", "s"),
+            **ERRORS,
+            steps=("steps", "d"),
+            products=("CG steps", "d"),
+            cold_s=("first, s", ".1f"),
+            warm_s=("again, s", ".1f"),
+            warm_cpu_s=("CPU, s", ".1f"),
+            **LAST,
+        )
+    ]
     # Where most of the time is not overhead.
     same = [r for r in solves if r["points"] > 1e4 and r["rho"] == solves[0]["rho"]]
     same = [r for r in same if r["lengthscale"] == solves[0]["lengthscale"]]
     if len(same) > 1:
         logs = [np.log([r[name] for r in same]) for name in ("points", "warm_cpu_s")]
         exponent = np.polyfit(*logs, 1)[0]
-        lines += ["", f"CPU time grows as the number of points to the {exponent:.2f}."]
+        parts.append(f"CPU time grows as the number of points to the {exponent:.2f}.")
     if of("smooth"):
-        lines += ["", "A smooth solution, with a Gaussian kernel:", ""]
-        lines += table(
-            [dict(share_mb=0) | r for r in of("smooth")],
-            **POINTS,
-            matrix=("matrix", "s"),
-            devices=("devices", "d"),
-            processes=("processes", "d"),
-            elsewhere_l2=ERRORS["elsewhere_l2"],
-            nugget=("nugget", ".0e"),
-            steps=("steps", "d"),
-            products=("CG steps", "d"),
-            share_mb=("share of the factor, MB", "d"),
-            cold_s=("first, s", ".1f"),
-            warm_s=("again, s", ".1f"),
-            warm_cpu_s=("CPU, s", ".1f"),
-            **LAST,
+        parts.append("A smooth solution, with a Gaussian kernel:")
+        parts.append(
+            table(
+                [dict(share_mb=0) | r for r in of("smooth")],
+                **POINTS,
+                matrix=("matrix", "s"),
+                devices=("devices", "d"),
+                processes=("processes", "d"),
+                elsewhere_l2=ERRORS["elsewhere_l2"],
+                nugget=("nugget", ".0e"),
+                steps=("steps", "d"),
+                products=("CG steps", "d"),
+                share_mb=("share of the factor, MB", "d"),
+                cold_s=("first, s", ".1f"),
+                warm_s=("again, s", ".1f"),
+                warm_cpu_s=("CPU, s", ".1f"),
+                **LAST,
+            )
         )
     if of("learn"):
-        lines += ["", "Learning the lengthscale with 2000 of the points:", ""]
-        lines += table(of("learn"), **POINTS, **LEARNED, **LAST)
+        parts.append("Learning the lengthscale with 2000 of the points:")
+        parts.append(table(of("learn"), **POINTS, **LEARNED, **LAST))
     if of("gradient"):
-        lines += ["", "A step of learning, with the frozen gradient:", ""]
-        lines += table(of("gradient"), **POINTS, **STEP, **LAST)
-    return "\n".join(lines)
+        parts.append("A step of learning, with the frozen gradient:")
+        parts.append(table(of("gradient"), **POINTS, **STEP, **LAST))
+    return "\n\n".join(parts)
 
 
 def main():
@@ -402,7 +405,7 @@ def main():
     rows = [in_own_process(__file__, "--case", i) for i in chosen]
     print(tables(rows))
     if arguments.keep:
-        write("scale", dict(**environment(), runs=rows), tables(rows))
+        write("scale", dict(written=environment(), runs=rows), tables(rows))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from common import value, values
-from reporting import errors, study
+from reporting import errors, markdown, study
 
 
 pi = jnp.pi
@@ -279,9 +279,9 @@ def run(name, seed=0, n=None):
 
 
 def table(rows):
-    heads = "kind", "dimensions", "points", "untrained", "learned: median", "worst"
-    header = f"| equation | {' | '.join(heads)} | seconds |"
-    lines = [header, "|---" * 8 + "|"]
+    heads = ["equation", "kind", "dimensions", "points"]
+    heads += ["untrained", "learned: median", "worst", "seconds"]
+    lines = []
     for name in dict.fromkeys(row["equation"] for row in rows):
         some = [row for row in rows if row["equation"] == name]
         untrained, learned = [
@@ -299,8 +299,8 @@ def table(rows):
             # The first run also compiles.
             f"{np.median([row['seconds'] for row in some[1:] or some]):.0f}",
         )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(heads, lines)
 
 
 def rows(names, seeds=5):

@@ -57,33 +57,19 @@ def tensor_grid(*axes):
     return on_grid
 
 
-def place_most(place, candidates, n):
+def place_most(place, candidates, n, spread=lambda points: points):
     """Three quarters of n points by `place(candidates, n)`, and the others everywhere,
-    since nobody else would look where the kernel that places them is wrong."""
+    since nobody else would look where the kernel that places them is wrong. They are
+    candidates as they are, or as `spread(points)`."""
     few = n // 4
-    return jnp.concatenate([candidates[:few], place(candidates[few:], n - few)])
+    others = place(candidates[few:], n - few)
+    return jnp.concatenate([spread(candidates[:few]), others])
 
 
 def learned_from(prior, conditions, objective) -> Run:
     """Learns, with the defaults."""
     untrained = lambda: eb.solve(prior, conditions, throw=False)
     learned = eb.learn(prior, conditions, objective, throw=False)
-    return Run(untrained, learned.solution, learned)
-
-
-def _in_stages(prior, stated, steps, *, goes_on, enough=0.0) -> Run:
-    # Each begins with the prior of the last one, and with its solution if it `goes_on`.
-    # All but the first end once the objective is small `enough`.
-    # `stated` are functions that are given this prior, or nothing at first.
-    conditions, _ = stated[-1](None)
-    untrained = lambda: eb.solve(prior, conditions, throw=False)
-    state, *others = stated
-    learned = eb.learn(prior, *state(None), steps=steps[0], throw=False)
-    is_enough = lambda progress: progress.objective < enough
-    for state, most in zip(others, steps[1:], strict=True):
-        before, start = learned.prior, learned.solution if goes_on else None
-        options = dict(initial=start, steps=most, scale_search=False, throw=False)
-        learned = eb.learn(before, *state(before), callback=is_enough, **options)
     return Run(untrained, learned.solution, learned)
 
 
@@ -97,12 +83,17 @@ def coarse_to_fine(
     """Learns at more and more points. Steps at few points cost little, and what is
     learned there is where to start with more. The solution with few points is not: it
     may be close to none."""
-    states = [lambda _, n=n: stated(n) for n in sizes]
-    return _in_stages(prior, states, steps, goes_on=False)
+    all_conditions, _ = stated(sizes[-1])
+    untrained = ft.partial(eb.solve, prior, all_conditions, throw=False)
+    options = {}
+    for n, most in zip(sizes, steps, strict=True):
+        learned = eb.learn(prior, *stated(n), steps=most, throw=False, **options)
+        prior, options = learned.prior, dict(scale_search=False)
+    return Run(untrained, learned.solution, learned)
 
 
 def by_continuation(
-    prior: Any,
+    prior: eb.GaussianProcess,
     stated: Callable[..., tuple[list[eb.Condition], eb.AbstractObjective]],
     values: Sequence[float],
     *,
@@ -111,24 +102,34 @@ def by_continuation(
     enough: float = 0.0,
 ) -> Run:
     """Learns for one value of a parameter after the other, at `n` points: a third of
-    them for the first, and twice as many once more for the last. All but the first end
-    once the objective is small `enough`.
+    them for the first, and twice as many once more for the last. Each begins with the
+    prior and the solution of the one before. All but the first end once the objective
+    is small `enough`.
 
-    `stated(value, n, place)` is told how to choose points from candidates: those that
+    `stated(value, n, place)` is told how to choose n points from candidates: those that
     suit the kernel that was learned last.
     """
-
-    def state(value, n, before):
-        def place(candidates, n):
-            if before is None:
-                return candidates[:n]
-            return eb.farthest_points(candidates, before.kernel, n)
-
-        return stated(value, n, place)
-
     first, others, last = steps
-    stages = [(value, n, others) for value in values[1:]]
-    stages = [(values[0], n // 3, first), *stages, (values[-1], 2 * n, last)]
-    states = [ft.partial(state, value, n) for value, n, _ in stages]
-    most = [most for *_, most in stages]
-    return _in_stages(prior, states, most, goes_on=True, enough=enough)
+    stages = [(values[0], n // 3, first)]
+    stages += [(value, n, others) for value in values[1:]]
+    stages += [(values[-1], 2 * n, last)]
+
+    place = lambda candidates, n: candidates[:n]
+    all_conditions, _ = stated(values[-1], 2 * n, place)
+    untrained = ft.partial(eb.solve, prior, all_conditions, throw=False)
+    options = {}
+    for value, size, most in stages:
+        problem = stated(value, size, place)
+        learned = eb.learn(prior, *problem, steps=most, throw=False, **options)
+        prior = learned.prior
+        place = ft.partial(_placed_by, prior.kernel)
+        options = dict(
+            initial=learned.solution,
+            scale_search=False,
+            callback=lambda progress: progress.objective < enough,
+        )
+    return Run(untrained, learned.solution, learned)
+
+
+def _placed_by(kernel, candidates, n):
+    return eb.farthest_points(candidates, kernel, n)

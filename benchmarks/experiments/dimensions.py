@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from breadth import applied
 from common import value
-from reporting import errors, study
+from reporting import errors, markdown, study
 
 
 dim = 6
@@ -81,14 +81,12 @@ def run(name, seed=0, n=200, steps=40, solutions=solutions):
 def table(rows):
     columns = [(what, when) for what in solutions for when in ("untrained", "learned")]
     heads = [f"{what}: {when}" for what, when in columns]
-    lines = ["| kernel | " + " | ".join(heads) + " | seconds |"]
-    lines.append("|---" * (len(heads) + 2) + "|")
+    lines = []
     for row in rows:
         cells = [f"{row[what][when]['relative']:.1e}" for what, when in columns]
         seconds = sum(row[what]["seconds"] for what in solutions)
-        cells = [row["kind"], *cells, f"{seconds:.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([row["kind"], *cells, f"{seconds:.0f}"])
+    return markdown(["kernel", *heads, "seconds"], lines)
 
 
 if __name__ == "__main__":

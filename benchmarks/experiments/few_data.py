@@ -6,11 +6,9 @@ import darcy
 
 
 title = "Darcy flow, ten data"
-fields, noise, numbers, prior, where = (
-    darcy.fields,
-    darcy.noise,
-    darcy.numbers,
-    darcy.prior,
-    darcy.where,
-)
+fields = darcy.fields
+noise = darcy.noise
+numbers = darcy.numbers
+prior = darcy.prior
+where = darcy.where
 stated = ft.partial(darcy.stated, num_data=10, declared=darcy.noise)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import source
 import viscosity
-from reporting import study
+from reporting import markdown, study
 
 
 problems = dict(
@@ -44,27 +44,29 @@ def by(objective):
     return way
 
 
-def by_held_out(module, key):
-    *others, data = module.stated(key)
+def by_held_out(module, key, **size):
+    *others, data = module.stated(key, **size)
     data, objective = eb.hold_out(data, key=jax.random.fold_in(key, 1))
     stated = module.prior(), [*others, data]
     return eb.learn(*stated, objective, throw=False), objective
 
 
-def published(module, key):
+def published(module, key, **size):
+    # Of Darcy flow.
     declared, nugget = 1e-3, 1e-5
     points = darcy.square.interior(120, key=jax.random.fold_in(key, 1))
     # Its unknowns have a nugget themselves, which comes on top of the noise.
     both = float(np.hypot(declared, nugget**0.5))
-    conditions = module.stated(key, declared=both, nugget=nugget)
+    conditions = module.stated(key, declared=both, nugget=nugget, **size)
     prior = {name: eb.GaussianProcess(eb.Gaussian(1.0)) for name in ("u", "a")}
 
-    def fitted(solution):
-        fitted = solution.residuals()["data"] * (declared / both) ** 2
-        return 0.5 * jnp.sum((fitted / declared) ** 2)
+    def misfit(solution):
+        # What the data are off by: the share of the residual that is not the nugget's.
+        off = solution.residuals()["data"] * (declared / both) ** 2
+        return 0.5 * jnp.sum((off / declared) ** 2)
 
     equation = eb.ValidationResidual(points, "balance", misfit_weight=0)
-    objective = equation + eb.Objective(fitted)
+    objective = equation + eb.Objective(misfit)
     options = dict(gradient="frozen", throw=False)
     return eb.learn(prior, conditions, objective, **options), None  # No density.
 
@@ -141,11 +143,9 @@ def run(name, way, seed, **size):
 
 
 def table(rows):
-    header = (
-        "| problem | objective | unknown | error: median | worst | most likely: median "
-        "| covered | bar | noise | runs converged | seconds |"
-    )
-    lines = [header, "|---" * 11 + "|"]
+    heads = ["problem", "objective", "unknown", "error: median", "worst"]
+    heads += ["most likely: median", "covered", "bar", "noise", "runs converged"]
+    lines = []
     for name, way in dict.fromkeys((row["problem"], row["way"]) for row in rows):
         some = [r for r in rows if (r["problem"], r["way"]) == (name, way)]
         for i, each in enumerate([*some[0]["fields"], *some[0]["numbers"]]):
@@ -178,8 +178,8 @@ def table(rows):
                 f"{converged} of {len(some)}" if first else "",
                 f"{np.median([r['seconds'] for r in some]):.0f}" if first else "",
             )
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append(cells)
+    return markdown([*heads, "seconds"], lines)
 
 
 def rows(names, seeds=10):

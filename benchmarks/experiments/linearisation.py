@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from reporting import errors, study
+from reporting import errors, markdown, study
 
 
 class Elliptic(eqx.Module):
@@ -153,8 +153,7 @@ def table(rows):
 
 
 def _table(rows, columns):
-    heads = ["problem", "regime", "points", *columns]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = []
     case = lambda row: (row["problem"], row["regime"], row["points"])
     for each in dict.fromkeys(map(case, rows)):
         some = [row for row in rows if case(row) == each]
@@ -162,8 +161,8 @@ def _table(rows, columns):
             format(np.median([row[part][key] for row in some]), form)
             for part, key, form in columns.values()
         ]
-        lines.append("| " + " | ".join((*map(str, each), *cells)) + " |")
-    return "\n".join(lines)
+        lines.append((*each, *cells))
+    return markdown(["problem", "regime", "points", *columns], lines)
 
 
 def rows(names, sizes=(100, 300), seeds=5):

@@ -3,7 +3,6 @@
 import argparse
 import datetime
 import importlib.metadata
-import itertools as it
 import json
 import os
 import pathlib
@@ -47,7 +46,8 @@ def environment():
 
 
 def stamp():
-    """What is written into each row, since those of a table may be of several days."""
+    """What is written into each row, since those of a table may be of several days:
+    where the table was `written` last is another matter."""
     here = environment()
     return {name: here[name] for name in ("date", "commit", "cores")}
 
@@ -74,20 +74,16 @@ def _processor():
 def write(name, kept, table):
     """Results as JSON, and the table that the documentation shows."""
     (results / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
-    (results / f"{name}.md").write_text(aligned(table) + "\n")
+    (results / f"{name}.md").write_text(table + "\n")
 
 
-def aligned(text):
-    """With columns of numbers to the right."""
-    lines = text.split("\n")
-    cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]
-    is_rule = lambda line: line.startswith("|") and set(line) <= set("|-:")
-    for i in filter(lambda i: is_rule(lines[i]), range(len(lines))):
-        rows = it.takewhile(lambda line: line.startswith("|"), lines[i + 1 :])
-        columns = zip(*map(cells, rows), strict=True)
-        rules = ["---:" if all(map(_is_number, c)) else "---" for c in columns]
-        lines[i] = f"|{'|'.join(rules)}|"
-    return "\n".join(lines)
+def markdown(heads, rows):
+    """A table. Columns of numbers are to the right."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    columns = zip(*rows, strict=True)
+    rules = ["---:" if all(map(_is_number, cells)) else "---" for cells in columns]
+    heads, *rows = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return "\n".join([heads, f"|{'|'.join(rules)}|", *rows])
 
 
 def _is_number(cell):
@@ -121,7 +117,7 @@ def study(
     if arguments.keep:
         kept = [r for r in read(name).get("runs", []) if r[key] not in chosen]
         found = sorted(kept + found, key=lambda row: choices.index(row[key]))
-        write(name, dict(**environment(), runs=found), table(found))
+        write(name, dict(written=environment(), runs=found), table(found))
 
 
 def command_line(description: str, choices: Sequence[str]) -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
 import numpy as np
-from reporting import errors, study
+from reporting import errors, markdown, study
 
 
 class Problem(NamedTuple):
@@ -112,11 +112,9 @@ def _is_solution(row):
 
 
 def table(rows):
-    header = (
-        "| problem | way | ended well | error if so: median | worst | error: median "
-    )
-    lines = [header + "| worst | seconds |", "|---" * 8 + "|"]
-    best = {}
+    heads = ["problem", "way", "ended well", "error if so: median", "worst"]
+    heads += ["error: median", "worst", "seconds"]
+    lines, best = [], {}
     for row in filter(_is_solution, rows):
         case = row["problem"], row["seed"]
         best[case] = min(best.get(case, np.inf), row["objective"])
@@ -139,8 +137,8 @@ def table(rows):
                 f"{np.max(error):.1e}",
                 f"{np.median([r['seconds'] for r in some]):.1f}",
             )
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append(cells)
+    return markdown(heads, lines)
 
 
 def rows(names, seeds=5):

@@ -20,7 +20,16 @@ import equinox as eqx
 import eqx_bilevel as eb
 import jax
 import numpy as np
-from reporting import command_line, environment, errors, parsed, read, stamp, write
+from reporting import (
+    command_line,
+    environment,
+    errors,
+    markdown,
+    parsed,
+    read,
+    stamp,
+    write,
+)
 
 
 names = (
@@ -91,7 +100,7 @@ def keep(name, rows):
     command = f"python benchmarks/experiments/run.py {name} --keep"
     runs = {row["seed"]: row for row in kept.get(name, {}).get("runs", []) + rows}
     runs = [runs[seed] for seed in sorted(runs)]
-    kept[name] = dict(**environment(), command=command, runs=runs)
+    kept[name] = dict(written=environment(), command=command, runs=runs)
     ordered = {name: kept[name] for name in names if name in kept}
     write("experiments", ordered, table(ordered))
 
@@ -103,11 +112,9 @@ def keep(name, rows):
 
 def table(kept):
     """Of the results kept, in Markdown: medians over seeds, and the worst of them."""
-    header = (
-        "| experiment | unknown | untrained | learned: median | worst | published "
-        "| seconds: first | others | published | last solve converged |"
-    )
-    lines = [header, "|---" * 10 + "|"]
+    heads = ["experiment", "unknown", "untrained", "learned: median", "worst"]
+    heads += ["published", "seconds: first", "others", "published"]
+    lines = []
     for name, entry in kept.items():
         module, runs = importlib.import_module(name), entry["runs"]
         seconds = [row["seconds"] for row in runs]
@@ -135,9 +142,8 @@ def table(kept):
                     "" if theirs is None else f"{theirs:.0f}",
                     f"{sum(row['converged'] for row in runs)} of {len(runs)}",
                 )
-            cells = (module.title if i == 0 else "", unknown, *ours, *times)
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append((module.title if i == 0 else "", unknown, *ours, *times))
+    return markdown([*heads, "last solve converged"], lines)
 
 
 def _pair(errors):

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optimistix as optx
-from reporting import errors, study
+from reporting import errors, markdown, study
 
 
 class Problem(NamedTuple):
@@ -204,8 +204,8 @@ def run(name, kind, choice, seed, n=300, steps=None):
 
 def table(rows):
     names = list(dict.fromkeys(row["problem"] for row in rows))
-    header = "| | " + " | ".join(f"{name} | worst | seconds" for name in names)
-    lines = [header + " |", "|---" * (1 + 3 * len(names)) + "|"]
+    heads = [head for name in names for head in (name, "worst", "seconds")]
+    lines = []
     for kind, choice in dict.fromkeys((row["kind"], row["choice"]) for row in rows):
         cells = [f"{kind}: {choice}"]
         for name in names:
@@ -219,8 +219,8 @@ def table(rows):
             # The first run also compiles.
             seconds = [r["seconds"] for r in some if r["seed"] > 0]
             cells.append(f"{np.median(seconds):.0f}" if seconds else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(["", *heads], lines)
 
 
 def rows(kinds, seeds=5):
