@@ -44,7 +44,7 @@ def network(start, key):
 problems = dict(
     elliptic=Problem(elliptic, lambda start, _: eb.Gaussian(start), 300, 40),
     burgers=Problem(burgers, lambda start, _: eb.Gaussian([start, start]), 300, 40),
-    network=Problem(burgers, network, 300, 150, (0.03, 0.3, 3.0)),
+    network=Problem(burgers, network, 300, 80, (0.03, 0.3, 3.0)),
 )
 
 
