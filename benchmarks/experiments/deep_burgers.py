@@ -8,7 +8,7 @@ import eqx_bilevel as eb
 import jax.numpy as jnp
 
 
-title = "Burgers, viscosity 0.02, deep kernel"
+title = "Burgers, viscosity 0.02, deep kernel (published: network)"
 published = burgers.published
 compare = burgers.compare
 

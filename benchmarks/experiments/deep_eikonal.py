@@ -6,7 +6,7 @@ import eikonal
 from deep_burgers import kernel
 
 
-title = "Eikonal, deep kernel"
+title = "Eikonal, deep kernel (published: network)"
 published = eikonal.published
 compare = eikonal.compare
 run = ft.partial(eikonal.run, kernel=kernel)
