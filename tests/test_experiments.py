@@ -28,22 +28,23 @@ import run  # pyright: ignore[reportMissingImports]
 import sensitivity  # pyright: ignore[reportMissingImports]
 
 
-# The number of points and the largest error that is allowed for each unknown.
+# The number of points, the largest error that is allowed for each unknown, and the share
+# of its root mean square that may be left of the one before learning.
 small = dict(
-    elliptic=(dict(n=200), 1e-3),
-    gray_scott_reuse=(dict(n=90), 0.5),
-    burgers=(dict(n=120, steps=(40, 10)), 0.5),
+    elliptic=(dict(n=200), 1e-3, 1e-4),
+    gray_scott_reuse=(dict(n=90), 0.3, 0.5),
+    burgers=(dict(n=120, steps=(40, 10)), 0.4, 0.3),
 )
 
 
 @pytest.mark.parametrize("name", small)
 def test_learning_improves(name):
-    size, largest = small[name]
+    size, largest, share = small[name]
     row = run.run(name, 0, **size)
     assert row["converged"]
     for unknown, learned in row["learned"].items():
         assert learned["max"] < largest
-        assert learned["rms"] < 0.7 * row["untrained"][unknown]["rms"]
+        assert learned["rms"] < share * row["untrained"][unknown]["rms"]
     module = importlib.import_module(name)
     *_, first = run.table({name: dict(runs=[row, row])}).splitlines()[:3]
     assert module.title in first and "2 of 2" in first
