@@ -28,8 +28,8 @@ import run  # pyright: ignore[reportMissingImports]
 import sensitivity  # pyright: ignore[reportMissingImports]
 
 
-# The number of points, the largest error that is allowed for each unknown, and the share
-# of its root mean square that may be left of the one before learning.
+# The number of points, the largest error that is allowed for each unknown, and the
+# share of its root mean square that may be left of the one before learning.
 small = dict(
     elliptic=(dict(n=200), 1e-3, 1e-4),
     gray_scott_reuse=(dict(n=90), 0.3, 0.5),
