@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optimistix as optx
+import scipy.stats
 from reporting import errors, markdown, study
 
 
@@ -203,6 +204,10 @@ def run(name, kind, choice, seed, n=300, steps=None):
 
 
 def table(rows):
+    return f"{_errors(rows)}\n\n{_judgement(rows)}"
+
+
+def _errors(rows):
     names = list(dict.fromkeys(row["problem"] for row in rows))
     heads = [head for name in names for head in (name, "worst", "seconds")]
     lines = []
@@ -221,6 +226,28 @@ def table(rows):
             cells.append(f"{np.median(seconds):.0f}" if seconds else "")
         lines.append(cells)
     return markdown(["", *heads], lines)
+
+
+def _judgement(rows):
+    # How well the objective tells errors apart, of choices that do not change it.
+    lines = []
+    for kind in ("kernel", "nugget", "optimiser", "network"):
+        for name in problems:
+            some = [r for r in rows if (r["problem"], r["kind"]) == (name, kind)]
+            ranks, losses = [], []
+            for seed in sorted({row["seed"] for row in some}):
+                each = [row for row in some if row["seed"] == seed]
+                judged = np.nan_to_num([r["objective"] for r in each], nan=np.inf)
+                error = [row["error"]["rms"] for row in each]
+                ranks.append(scipy.stats.spearmanr(judged, error).statistic)
+                losses.append(error[np.argmin(judged)] / min(error))
+            if some:
+                of = [ranks, losses]
+                middle, worst = np.median(of, 1), (min(ranks), max(losses))
+                cells = [f"{x:.2g}" for pair in zip(middle, worst) for x in pair]
+                lines.append([kind, name, *cells])
+    heads = ["among", "problem", "rank correlation", "worst"]
+    return markdown([*heads, "error of the one chosen / smallest", "worst"], lines)
 
 
 def rows(kinds, seeds=5):
