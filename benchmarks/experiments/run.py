@@ -157,6 +157,8 @@ if __name__ == "__main__":
     parser.add_argument("--add", action="store_true", help="only those not kept yet")
     parser.add_argument("--table", action="store_true", help="of the results kept")
     arguments = parsed(parser, names)
+    if arguments.seeds < 1:
+        parser.error(f"--seeds must be positive, got {arguments.seeds}")
     if arguments.table:
         print(table(read("experiments")))
     else:
