@@ -220,7 +220,8 @@ def jet(function, x):
 def applied(operator, exact):
     """The function that an operator makes of the exact solution."""
     if isinstance(exact, dict):
-        return lambda x: operator({k: jet(f, x) for k, f in exact.items()}, x)
+        parts = tuple(exact.items())  # A function of a dictionary compiles each time.
+        return lambda x: operator({name: jet(f, x) for name, f in parts}, x)
     return lambda x: operator(jet(exact, x), x)
 
 
