@@ -321,6 +321,12 @@ POINTS, LAST = (
 )
 
 
+COUNTS = dict(steps=("steps", "d"), products=("CG steps", "d"))
+TIMES = dict(
+    cold_s=("first, s", ".1f"),
+    warm_s=("again, s", ".1f"),
+    warm_cpu_s=("CPU, s", ".1f"),
+)
 LEARNED = dict(
     lengthscale=("lengthscale", "g"),
     learned=("learned", ".3g"),
@@ -345,11 +351,8 @@ def tables(rows: list[dict]) -> str:
             lengthscale=("lengthscale", "g"),
             radii=("`rho`", "s"),
             **ERRORS,
-            steps=("steps", "d"),
-            products=("CG steps", "d"),
-            cold_s=("first, s", ".1f"),
-            warm_s=("again, s", ".1f"),
-            warm_cpu_s=("CPU, s", ".1f"),
+            **COUNTS,
+            **TIMES,
             **LAST,
         )
     ]
@@ -371,21 +374,22 @@ def tables(rows: list[dict]) -> str:
                 processes=("processes", "d"),
                 elsewhere_l2=ERRORS["elsewhere_l2"],
                 nugget=("nugget", ".0e"),
-                steps=("steps", "d"),
-                products=("CG steps", "d"),
+                **COUNTS,
                 share_mb=("share of the factor, MB", "d"),
-                cold_s=("first, s", ".1f"),
-                warm_s=("again, s", ".1f"),
-                warm_cpu_s=("CPU, s", ".1f"),
+                **TIMES,
                 **LAST,
             )
         )
     if of("learn"):
-        parts.append("Learning the lengthscale with 2000 of the points:")
-        parts.append(table(of("learn"), **POINTS, **LEARNED, **LAST))
+        parts += [
+            "Learning the lengthscale with 2000 of the points:",
+            table(of("learn"), **POINTS, **LEARNED, **LAST),
+        ]
     if of("gradient"):
-        parts.append("A step of learning, with the frozen gradient:")
-        parts.append(table(of("gradient"), **POINTS, **STEP, **LAST))
+        parts += [
+            "A step of learning, with the frozen gradient:",
+            table(of("gradient"), **POINTS, **STEP, **LAST),
+        ]
     return "\n\n".join(parts)
 
 

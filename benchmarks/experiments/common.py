@@ -57,6 +57,11 @@ def tensor_grid(*axes):
     return on_grid
 
 
+def place_by(kernel, candidates, n):
+    """The n of the candidates that are spread evenly in the kernel's metric."""
+    return eb.farthest_points(candidates, kernel, n)
+
+
 def place_most(place, candidates, n, spread=lambda points: points):
     """Three quarters of n points by `place(candidates, n)`, and the others everywhere,
     since nobody else would look where the kernel that places them is wrong. They are
@@ -122,14 +127,10 @@ def by_continuation(
         problem = stated(value, size, place)
         learned = eb.learn(prior, *problem, steps=most, throw=False, **options)
         prior = learned.prior
-        place = ft.partial(_placed_by, prior.kernel)
+        place = ft.partial(place_by, prior.kernel)
         options = dict(
             initial=learned.solution,
             scale_search=False,
             callback=lambda progress: progress.objective < enough,
         )
     return Run(untrained, learned.solution, learned)
-
-
-def _placed_by(kernel, candidates, n):
-    return eb.farthest_points(candidates, kernel, n)

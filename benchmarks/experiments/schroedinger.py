@@ -12,7 +12,14 @@ import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import learned_from, place_most, Published, tensor_grid, values
+from common import (
+    learned_from,
+    place_by,
+    place_most,
+    Published,
+    tensor_grid,
+    values,
+)
 from references import schroedinger as reference
 
 
@@ -59,7 +66,7 @@ def mostly_early(points):
 
 def run(key, n=1500):
     keys = jax.random.split(key, 3)
-    by_kernel = lambda candidates, n: eb.farthest_points(candidates, kernel(), n)
+    by_kernel = ft.partial(place_by, kernel())
     place = ft.partial(place_most, by_kernel, spread=mostly_early)
     interior, validation = [
         place(space_time.interior(16 * n, key=key), n) for key in keys[:2]
