@@ -4,6 +4,7 @@ XLA needs no Python: while it compiles one program, the next one can be traced.
 """
 
 import contextlib
+import functools as ft
 import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
@@ -12,7 +13,11 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import PyTree
+from threadpoolctl import threadpool_limits
+
+from ._condition import is_concrete
 
 
 @contextlib.contextmanager
@@ -40,10 +45,41 @@ def stand_ins(shapes: PyTree) -> PyTree:
     return jax.tree.map(lambda x: array(x) if is_shape(x) else x, shapes)
 
 
+def _is_there(x: Any) -> bool:
+    return isinstance(x, jax.Array) and is_concrete(x)
+
+
+def _places(tree: PyTree) -> set[Sharding]:
+    # Of what was put on devices.
+    arrays = [x for x in jax.tree.leaves(tree) if _is_there(x)]
+    return {x.sharding for x in arrays if x.committed}
+
+
 def is_placed(tree: PyTree) -> bool:
-    # What was put on a device has results there, where no `stand_ins` are.
-    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
-    return any(x.committed for x in arrays)
+    # Then results are there, where no `stand_ins` are.
+    return len(_places(tree)) > 0
+
+
+def placed_alike(program: Callable) -> Callable:
+    # Each mixture of arrays that were put on a device with others would be compiled on
+    # its own. So if there are some then all others go there too.
+    @ft.wraps(program)
+    def call(*args):
+        places = _places(args)
+        if len(places) == 1 and all(len(place.device_set) == 1 for place in places):
+            (place,) = places
+            put = lambda x: jax.device_put(x, place) if _is_there(x) else x
+            args = jax.tree.map(put, args)
+        return program(*args)
+
+    cast(Any, call).lower = cast(Any, program).lower
+    return call
+
+
+def one_blas_thread_until(done: Future) -> None:
+    # OpenBLAS's threads wait in busy loops, and take the cores from the compiler.
+    limit = threadpool_limits(1, user_api="blas")
+    done.add_done_callback(lambda _: limit.restore_original_limits())
 
 
 def compiling(thread: Executor, program: Callable, *args: Any) -> Future:

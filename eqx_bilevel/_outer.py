@@ -15,6 +15,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from ._ahead import placed_alike
 from ._checks import all_finite, problem_with, sanitised
 from ._condition import Condition, learned_in
 from ._gauss_newton import GaussNewton
@@ -126,6 +127,7 @@ def _outcome(
     )
 
 
+@placed_alike
 @eqx.filter_jit
 def evaluate(theta: PyTree, task: Task, start: Start) -> tuple[Found, Outcome]:
     solution = solve_at(theta, task, start)
@@ -186,6 +188,7 @@ def optax_update(
         return update(gradient, opt_state, theta, value=value, grad=gradient)
 
 
+@placed_alike
 @eqx.filter_jit
 def optax_step(
     optimiser: optax.GradientTransformation,
@@ -259,6 +262,7 @@ def optimistix_init(solver, theta: PyTree, task: Task, start: Start):
     return solver.init(model, vector, args, {}, value, outcome, frozenset())
 
 
+@placed_alike
 @eqx.filter_jit
 def optimistix_step(
     solver,

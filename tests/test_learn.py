@@ -1,5 +1,6 @@
 """The outer problem, on a small one-dimensional one."""
 
+import concurrent.futures
 import threading
 import warnings
 import weakref
@@ -13,7 +14,8 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
-from eqx_bilevel import _last_solve, _runs
+import threadpoolctl
+from eqx_bilevel import _ahead, _last_solve, _runs
 from eqx_bilevel._checks import functions_as_pytrees
 from eqx_bilevel._kernels import fixed_numbers
 from eqx_bilevel._optimiser import as_optimiser
@@ -650,15 +652,28 @@ def test_programs_are_compiled_once_and_ahead(compiled, optimiser, step, scale_s
         assert thread is not threading.main_thread()
 
 
-def test_on_a_device_nothing_is_compiled_ahead(compiled):
-    # It would not be what is called.
-    x = jax.device_put(jnp.linspace(0.1, 1.9, 13)[:, None], jax.devices()[0])
+def test_blas_leaves_the_cores_to_the_compiler():
+    threads = lambda: {lib["num_threads"] for lib in threadpoolctl.threadpool_info()}
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        assert threads() == {2}
+        compiled = concurrent.futures.Future()
+        _ahead.one_blas_thread_until(compiled)
+        assert threads() == {1}
+        compiled.set_result(None)
+        assert threads() == {2}
+
+
+@pytest.mark.parametrize("optimiser", [None, optax.adam(0.1)])
+def test_on_a_device_programs_are_compiled_once(compiled, optimiser):
+    # And not ahead: it would not be what is called.
+    jax.clear_caches()
+    x = jax.device_put(jnp.linspace(0.1, 1.9, 13)[:, None], jax.devices()[1])
     conditions = [eb.Condition(Cubic(), x, _source), *_conditions()[1:]]
-    args = _prior(0.8), conditions, eb.ValidationResidual(validation)
-    eb.learn(*args, steps=3, scale_search=False)
-    names = ("evaluate", "optimistix_step")
-    threads = [thread for name in names for thread in _compiling(compiled, name)]
-    assert set(threads) == {threading.main_thread()}
+    args = _prior(0.8), conditions, eb.ValidationResidual(validation), optimiser
+    learned = eb.learn(*args, steps=3)
+    for name in ("evaluate", "optimistix_step" if optimiser is None else "optax_step"):
+        assert _compiling(compiled, name) == [threading.main_thread()]
+    assert learned.solution.weights.devices() == x.devices()
 
 
 def test_starts_from_where_the_gradient_points_the_wrong_way():
