@@ -5,6 +5,7 @@ from ._adjoint import (
     FixedPointAdjoint as FixedPointAdjoint,
     FrozenAdjoint as FrozenAdjoint,
 )
+from ._apply import apply as apply
 from ._condition import Condition as Condition, GaussianProcess as GaussianProcess
 from ._evidence import (
     CrossValidation as CrossValidation,

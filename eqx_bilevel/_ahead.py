@@ -8,13 +8,14 @@ import functools as ft
 import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 from threadpoolctl import threadpool_limits
 
 from ._condition import is_concrete
@@ -60,6 +61,14 @@ def is_placed(tree: PyTree) -> bool:
     return len(_places(tree)) > 0
 
 
+def movable(key: PRNGKeyArray) -> PRNGKeyArray:
+    # On no device in particular, where all else would have to go too.
+    data = jnp.asarray(np.asarray(jax.random.key_data(key)))
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # An old one, of integers.
+        return data
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+
 def placed_alike(program: Callable) -> Callable:
     # Each mixture of arrays that were put on a device with others would be compiled on
     # its own. So if there are some then all others go there too.
@@ -76,10 +85,14 @@ def placed_alike(program: Callable) -> Callable:
     return call
 
 
-def one_blas_thread_until(done: Future) -> None:
+# With more conditions factorisations take longer than all else on one thread.
+_MOST_FOR_ONE_THREAD = 2000
+
+
+def free_cores(num_conditions: int) -> AbstractContextManager:
     # OpenBLAS's threads wait in busy loops, and take the cores from the compiler.
-    limit = threadpool_limits(1, user_api="blas")
-    done.add_done_callback(lambda _: limit.restore_original_limits())
+    limit = 1 if num_conditions <= _MOST_FOR_ONE_THREAD else None
+    return threadpool_limits(limit, user_api="blas")
 
 
 def compiling(thread: Executor, program: Callable, *args: Any) -> Future:

@@ -204,7 +204,7 @@ class Trace(NamedTuple):
         return sum(math.prod(shape) for shape in self.shapes)
 
 
-def _view(names: Sequence[str], single: bool, get: Callable, dim: int):
+def view(names: Sequence[str], single: bool, get: Callable, dim: int):
     # `get(name, index)` gives an entry of a jet.
     views = {
         name: Jet(lambda index, name=name: get(name, index), dim) for name in names
@@ -232,7 +232,7 @@ def evaluate(
     # What the operator returns where its jets have these values.
     table = {jet: values[i] for i, jet in enumerate(jets)}
     get = lambda name, index: table[name, index]
-    return operator(_view(unknowns.names, unknowns.single, get, x.shape[0]), x)
+    return operator(view(unknowns.names, unknowns.single, get, x.shape[0]), x)
 
 
 def residual(
@@ -260,7 +260,7 @@ def trace(operator: Any, unknowns: Unknowns, dim: int, dtype, name: str) -> Trac
         return jnp.zeros((), dtype)
 
     def run(x):
-        out = operator(_view(unknowns.names, unknowns.single, record, dim), x)
+        out = operator(view(unknowns.names, unknowns.single, record, dim), x)
         if any(isinstance(leaf, Jet) for leaf in jax.tree.leaves(out)):
             raise ValueError(
                 f"The operator of condition {name!r} returned the unknown itself. "

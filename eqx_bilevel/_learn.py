@@ -16,7 +16,7 @@ import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray
 
 from ._adjoint import FixedPointAdjoint, FrozenAdjoint
-from ._ahead import not_collecting
+from ._ahead import free_cores, movable, not_collecting
 from ._checkpoint import Checkpoint
 from ._checks import check_num_steps, checked, checked_initial, functions_as_pytrees
 from ._condition import Condition, GaussianProcess, is_concrete
@@ -230,7 +230,7 @@ def learn(
         )
     if as_data_objective(objective).batched and key is None:
         raise ValueError("`key` is needed, since the objective uses random batches.")
-    key = jax.random.key(0) if key is None else as_key(key)
+    key = jax.random.key(0) if key is None else movable(as_key(key))
     # Numbers that were given in Python have weak types, and results of steps have not:
     # everything would be compiled twice.
     dtype = conditions[0].points.dtype
@@ -371,23 +371,6 @@ def _learn(
     saved = file if file is not None and file.exists() else None
     record.note("Compiling the solve." if saved is None else "Resuming.")
     theta, given = partition(prior, conditions, task)
-    with not_collecting():
-        stage = first_stage(optimiser, theta, given, start)
-        ahead = compile_ahead(optimiser, stage, given, key, limits.steps)
-    wait(ahead[:1])
-    if saved is not None:
-        task, stage, tried = _resume(stage, given, start, record, saved)
-    else:
-        prior, start, tried = _search(
-            prior, conditions, task, start, num_scales, record
-        )
-        theta, task = partition(prior, conditions, task)
-        if limits.steps > 0:
-            record.note("Compiling the step.")
-            if isinstance(optimiser, BoundedBFGS) and not tried:
-                wait(ahead)
-                theta = better_start(optimiser, theta, task, start)
-        stage = first_stage(optimiser, theta, task, start)
 
     def keep(stage: Stage) -> None:
         if file is not None:
@@ -395,9 +378,27 @@ def _learn(
             header |= dict(seconds=record.seconds, found=record.outcome is not None)
             file.offer(header, (task.rest, stage, record.outcome))
 
-    # Before the first step, which may take minutes to compile.
-    keep(stage)
-    wait(ahead)
+    with free_cores(sum(c.num_targets for c in conditions)):
+        with not_collecting():
+            stage = first_stage(optimiser, theta, given, start)
+            ahead = compile_ahead(optimiser, stage, given, key, limits.steps)
+        wait(ahead[:1])
+        if saved is not None:
+            task, stage, tried = _resume(stage, given, start, record, saved)
+        else:
+            prior, start, tried = _search(
+                prior, conditions, task, start, num_scales, record
+            )
+            theta, task = partition(prior, conditions, task)
+            if limits.steps > 0:
+                record.note("Compiling the step.")
+                if isinstance(optimiser, BoundedBFGS) and not tried:
+                    wait(ahead)
+                    theta = better_start(optimiser, theta, task, start)
+            stage = first_stage(optimiser, theta, task, start)
+        # Before the first step, which may take minutes to compile.
+        keep(stage)
+        wait(ahead)
     first_theta = stage.run.theta
     converged = minimise(optimiser, stage, task, key, record, limits, keep)
     theta = first_theta if record.outcome is None else record.outcome.theta

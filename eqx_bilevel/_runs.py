@@ -16,7 +16,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
-from ._ahead import compiling, is_placed, one_blas_thread_until, stand_ins
+from ._ahead import compiling, is_placed, stand_ins
 from ._optimiser import Optimiser
 from ._outer import (
     evaluate,
@@ -250,7 +250,6 @@ def compile_ahead(
         program, args = run.call(optimiser, task, found, outcome, key)
         futures.append(compiling(thread, program, *args))
     thread.shutdown(wait=False)  # It ends when all is compiled.
-    one_blas_thread_until(futures[-1])
     return futures
 
 

@@ -1,4 +1,5 @@
 import equinox as eqx
+import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -606,3 +607,37 @@ def test_not_a_number(wrong):
 def test_truth_value():
     with pytest.raises(ValueError, match="returned a truth value"):
         traced(lambda u, x: u.value > 0)
+
+
+#
+# Known functions
+#
+
+
+def test_apply():
+    def operator(u, x):
+        return -u.laplacian + u.value**3 + x[0] * u.d(0, 1), u.grad
+
+    exact = lambda x: jnp.sin(2 * x[0]) * jnp.exp(x[1])
+    x = jnp.array([[0.3, 0.1], [-0.4, 0.7]])
+    value = jax.vmap(exact)(x)
+    mixed = 2 * jnp.cos(2 * x[:, 0]) * jnp.exp(x[:, 1])
+    equation, slope = eb.apply(operator, exact, x)
+    np.testing.assert_allclose(equation, 3 * value + value**3 + x[:, 0] * mixed)
+    np.testing.assert_allclose(slope, jnp.stack([mixed, value], axis=1))
+    one = eb.apply(operator, exact, x[1])
+    np.testing.assert_allclose(one[0], equation[1])
+
+    def coupled(u, x):
+        return u["a"].value * u["b"].d(0)
+
+    both = {"a": exact, "b": lambda x: x[0] ** 2}
+    np.testing.assert_allclose(eb.apply(coupled, both, x), value * 2 * x[:, 0])
+
+
+def test_apply_to_what_is_not_known():
+    with pytest.raises(ValueError, match="`fn` must return a scalar .* shape .2,."):
+        eb.apply(lambda u, x: u.value, lambda x: x, jnp.zeros(2))
+    with pytest.raises(ValueError, match="from 'b'"):
+        functions = {"a": jnp.sum, "b": lambda x: x}
+        eb.apply(lambda u, x: u["a"].value, functions, jnp.zeros((3, 2)))

@@ -1,6 +1,5 @@
 """The outer problem, on a small one-dimensional one."""
 
-import concurrent.futures
 import threading
 import warnings
 import weakref
@@ -15,7 +14,7 @@ import optax
 import optimistix as optx
 import pytest
 import threadpoolctl
-from eqx_bilevel import _ahead, _last_solve, _runs
+from eqx_bilevel import _last_solve, _runs
 from eqx_bilevel._checks import functions_as_pytrees
 from eqx_bilevel._kernels import fixed_numbers
 from eqx_bilevel._optimiser import as_optimiser
@@ -652,14 +651,28 @@ def test_programs_are_compiled_once_and_ahead(compiled, optimiser, step, scale_s
         assert thread is not threading.main_thread()
 
 
-def test_blas_leaves_the_cores_to_the_compiler():
+def test_blas_leaves_the_cores_to_the_compiler(monkeypatch):
     threads = lambda: {lib["num_threads"] for lib in threadpoolctl.threadpool_info()}
+    compiling, seen = _runs.compiling, []
+
+    def noted(*args):
+        seen.append(threads())
+        return compiling(*args)
+
+    monkeypatch.setattr(_runs, "compiling", noted)
+    args = _prior(0.8), _conditions(), eb.ValidationResidual(validation)
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
-        assert threads() == {2}
-        compiled = concurrent.futures.Future()
-        _ahead.one_blas_thread_until(compiled)
-        assert threads() == {1}
-        compiled.set_result(None)
+        during = []
+        note = lambda progress: during.append((progress.step, threads()))
+        eb.learn(*args, steps=2, scale_search=2, callback=note)
+        assert seen == [{1}, {1}] and threads() == {2}
+        assert [used for step, used in during if step > 0] == [{2}] * 2
+
+        def interrupted(progress):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            eb.learn(*args, steps=2, scale_search=2, callback=interrupted)
         assert threads() == {2}
 
 
@@ -670,7 +683,8 @@ def test_on_a_device_programs_are_compiled_once(compiled, optimiser):
     x = jax.device_put(jnp.linspace(0.1, 1.9, 13)[:, None], jax.devices()[1])
     conditions = [eb.Condition(Cubic(), x, _source), *_conditions()[1:]]
     args = _prior(0.8), conditions, eb.ValidationResidual(validation), optimiser
-    learned = eb.learn(*args, steps=3)
+    key = jax.device_put(jax.random.key(0), jax.devices()[0])
+    learned = eb.learn(*args, steps=3, key=key)
     for name in ("evaluate", "optimistix_step" if optimiser is None else "optax_step"):
         assert _compiling(compiled, name) == [threading.main_thread()]
     assert learned.solution.weights.devices() == x.devices()

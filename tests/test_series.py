@@ -12,6 +12,7 @@ from eqx_bilevel._gram._pairs import one_sided, pairs
 
 
 large = jnp.linspace(-1.0, 1.0, 120).reshape(60, 2)
+two = jnp.array(2.0)
 matrix = jnp.array([[0.3, -0.2], [0.1, 0.4], [0.5, 0.2]])
 
 
@@ -30,6 +31,7 @@ def _(primals, tangents):
     return odd(s), 3 * s**2 * ds
 
 
+whole = lambda x: x.astype(int).astype(x.dtype)
 # Not all of them are positive definite, which plays no role here.
 known = dict(
     exponential=lambda x, y: jnp.exp(-squared(x, y) / 2),
@@ -47,6 +49,11 @@ known = dict(
         jnp.maximum(x[0] * y[0], 0.2)
         + jnp.minimum(x, y).sum() * jnp.abs(x[1] - 2 * y[1])
     ),
+    whole_power=lambda x, y: jnp.exp(-squared(x, y)),
+    real_power=lambda x, y: jnp.exp(-jnp.sum((x - y) ** 2.0)),
+    array_power=lambda x, y: jnp.exp(-jnp.sum((x - y) ** two)),
+    absolute_power=lambda x, y: jnp.exp(-jnp.sum(jnp.abs(x - y) ** 2.0)),
+    support=lambda x, y: jnp.maximum(squared(x, y) - 0.3, 0.0) ** 4.5,
     base=lambda x, y: 2.0 ** (x[0] * y[0]) + (1 + x[1]) ** y[0],
     moved=lambda x, y: (
         jnp.stack([x[::-1], y]).reshape(-1)[1:3] @ jnp.concatenate([y[:1], x[1:]])
@@ -56,11 +63,34 @@ known = dict(
     jitted=lambda x, y: jax.jit(squared)(x, y) * jax.checkpoint(squared)(x, y),
     own_rule=lambda x, y: odd(squared(x, y)),
     constant=lambda x, y: jnp.asarray(2.0),
+    whole=lambda x, y: whole(3 * x[0]) * y[0] + whole(4 * y[1]) * x[1],
+    whole_parts=lambda x, y: (
+        x[0]
+        * y[0]
+        * jnp.concatenate([(5 * x).astype(int), jnp.array([1, 0])])[:3]
+        .sum()
+        .astype(float)
+    ),
     jumps=lambda x, y: jnp.floor(3 * x[0]) * y[0] + jax.lax.stop_gradient(x[1]) * y[1],
 )
 # For these there is no rule.
+table = jnp.array([1.0, 3.0, 2.0])
+steps = lambda x: jnp.floor(4 * x)
 unknown = dict(
     cumulative=lambda x, y: jnp.cumsum(x * y)[1] ** 2,
+    of_steps=lambda x, y: x[0] * y[0] * (jnp.cumsum(steps(x)) @ jnp.cumsum(steps(y))),
+    sorted_steps=lambda x, y: x[1] * y[1] * (jnp.sort(steps(x)) @ jnp.sort(steps(y))),
+    table=lambda x, y: jnp.exp(x[0] * y[0]) * table[(3 * x[1]).astype(int)],
+    dynamic=lambda x, y: (
+        y[1] * jax.lax.dynamic_index_in_dim(table, (3 * x[0]).astype(int), 0, False)
+    ),
+    reduced=lambda x, y: jax.nn.logsumexp(x * y) * jnp.max(x + y),
+    branches=lambda x, y: jax.lax.cond(
+        x[0] > y[0], lambda a: a**2, lambda a: 3 * a, x[1] * y[1]
+    ),
+    loop=lambda x, y: jax.lax.fori_loop(0, 3, lambda i, a: a * squared(x, y), 1.0),
+    solved=lambda x, y: x @ jnp.linalg.solve(2 * jnp.eye(2) + jnp.outer(x, y), y),
+    complex=lambda x, y: jnp.abs(jax.lax.complex(x[0], y[0]) ** 2),
     large=lambda x, y: jnp.tanh(large @ x) @ jnp.tanh(large @ y),
 )
 
@@ -81,6 +111,20 @@ class UserFeatures(eb.AbstractFeatureKernel):
     def pair(self, f, g):
         fn = (known | unknown)[self.fn]
         return fn(f["point"] * f["network"][1], g["network"][:2]) * jnp.sum(g["point"])
+
+
+class StepFeatures(eb.AbstractFeatureKernel):
+    # One feature has no derivatives.
+    reduced: bool
+
+    def features(self, x):
+        return x, (3 * x).astype(int)
+
+    def pair(self, f, g):
+        factor = jax.nn.logsumexp(f[0]) if self.reduced else 1.0
+        return (
+            factor * jnp.exp(-squared(f[0], g[0])) * (1 + (f[1] @ g[1]).astype(float))
+        )
 
 
 indices = ((0, 0), (0, 1), (2, 0), (1, 1))
@@ -133,6 +177,11 @@ def test_features(name):
     check(UserFeatures(name))
 
 
+@pytest.mark.parametrize("reduced", [False, True])
+def test_whole_features(reduced):
+    check(StepFeatures(reduced))
+
+
 @pytest.mark.parametrize("name", unknown)
 def test_unknown(name, monkeypatch):
     called = []
@@ -152,6 +201,20 @@ def test_at_coinciding_points():
     kernel = User("powers")
     table = table_of(kernel, indices, indices, x, x)
     assert all(np.isfinite(v) for v in table.values())
+
+
+@pytest.mark.parametrize("name", ["real_power", "array_power", "absolute_power"])
+def test_powers_at_zero(name):
+    # These are the same function, but automatic differentiation does not know it.
+    expected = table_of(User("whole_power"), indices, indices, x, x)
+    found = table_of(User(name), indices, indices, x, x)
+    for key, value in expected.items():
+        assert abs(found[key] - value) <= 1e-14, key
+
+
+def test_beyond_the_support():
+    table = table_of(User("support"), indices, indices, x, x)
+    assert all(v == 0 for v in table.values())
 
 
 def test_vanishing_derivatives_are_not_formed():

@@ -27,7 +27,8 @@ jax.config.update("jax_enable_x64", True)
 # ## The layer
 #
 # An Equinox module with a prior and points. `throw=False` belongs to every solve under
-# `jax.vmap`: a failure is then one value that is nan, and not an error for all.
+# `jax.vmap`: a failure of one is then no error for all. What there is after its last
+# step is returned, and `solution.result` tells; here, such values are made nan.
 
 
 # %%
@@ -51,7 +52,8 @@ class Rod(eqx.Module):
 
     def __call__(self, strength):
         solution = eb.solve(self.prior, self.conditions(strength), throw=False)
-        return solution(jnp.array([0.5]))
+        solved = solution.result == eb.RESULTS.successful
+        return jnp.where(solved, solution(jnp.array([0.5])), jnp.nan)
 
 
 rod = eb.Box(0.0, 1.0)

@@ -236,6 +236,9 @@ def _features(scope: Scope, kernel: AbstractFeatureKernel, side: dict, which: in
         if var is jaxpr.invars[0]:  # The point itself is one: most derivatives vanish.
             out.append(_coordinates(scope, value, which))
             continue
+        if not jnp.issubdtype(_struct(value).dtype, jnp.inexact):
+            out.append(value)  # It has no derivatives.
+            continue
         numbers = np.empty(value.shape, object)
         for i in np.ndindex(value.shape):
             terms = {}

@@ -90,6 +90,8 @@ def _step(eqn, operands) -> list:
         return [_reduce(operands[0], params["axes"], _multiply)]
     if name == "dot_general":
         return [_dot(*operands, **params)]
+    if name not in _ELEMENTWISE:
+        raise Unsupported(name)
     shape = eqn.outvars[0].aval.shape
     elements = [np.broadcast_to(_numbers(x), shape) for x in operands]
     out = np.empty(shape, object)
@@ -119,15 +121,16 @@ _MOVES = (
 
 def _move(eqn, operands) -> list[np.ndarray]:
     # Whatever it does to the numbers, it does to their positions.
+    num = 1 if eqn.primitive.name in ("dynamic_slice", "gather") else len(operands)
     positions, numbers = [], []
-    for x in operands:
-        if not _is_active(x) and jnp.issubdtype(jnp.result_type(x), jnp.integer):
-            positions.append(x)  # Where to.
-            continue
-        x = _numbers(x)
+    for x in map(_numbers, operands[:num]):
         count = np.arange(x.size, dtype=np.int32).reshape(x.shape)
-        positions.append(count + len(numbers))
+        positions.append(count + np.int32(len(numbers)))
         numbers.extend(x.reshape(-1))
+    where = operands[num:]
+    if any(map(_is_active, where)):
+        raise Unsupported(eqn.primitive.name)
+    positions.extend(where)
     if any(map(_is_traced, positions)):
         raise Unsupported(eqn.primitive.name)
     outs = []
@@ -240,7 +243,7 @@ def _element(eqn, operands: list):
     if name == "integer_pow":
         return apply(lambda v, n: integer_power(v, params["y"], n), x)
     if name == "pow" and not active[1]:
-        return apply(lambda v, n: power(plain(v, y), v, y, n), x)
+        return apply(lambda v, n: power(v, y, n), x)
     if name == "pow":
         logarithm = x.log() if isinstance(x, Series) else jnp.log(x)
         return (y * logarithm).exp()
@@ -252,10 +255,12 @@ def _element(eqn, operands: list):
         return _select(smaller, first_last)
     if name in ("floor", "ceil", "round", "sign", "stop_gradient"):
         return plain(*values)
-    if name == "abs":
-        return x * jnp.sign(x.value)
+    if name == "abs" and not jnp.iscomplexobj(x.value):
+        # At zero as JAX does it, so that |x|^2 has the derivatives of x^2 there.
+        return x * jnp.where(x.value >= 0, 1.0, -1.0).astype(x.value.dtype)
     if name == "convert_element_type":
-        return x.map(plain)
+        smooth = jnp.issubdtype(params["new_dtype"], jnp.inexact)
+        return x.map(plain) if smooth else plain(x.value)
     if name == "exp":
         return x.exp()
     if name == "log":
@@ -271,6 +276,18 @@ _AUTOMATIC = (
     *("tanh", "logistic", "log1p", "expm1", "erf", "erfc", "erf_inv", "cbrt", "tan"),
     *("sinh", "cosh", "asinh", "acosh", "atanh", "asin", "acos", "atan"),
     *("lgamma", "digamma", "exp2"),
+)
+# What `_element` may be asked for. There are others that keep the shape and are none.
+_ELEMENTWISE = frozenset(
+    (
+        *_COMPARISONS,
+        *CHAINS,
+        *_AUTOMATIC,
+        *("add", "add_any", "sub", "neg", "mul", "square", "div", "abs", "sign"),
+        *("integer_pow", "pow", "exp", "log", "max", "min", "select_n"),
+        *("floor", "ceil", "round", "stop_gradient", "convert_element_type"),
+        *("and", "or", "not", "xor"),
+    )
 )
 
 

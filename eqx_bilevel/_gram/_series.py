@@ -261,14 +261,27 @@ def _first(key: Key) -> Key:
 #
 
 
-def power(value, x, exponent, n: int) -> list:
-    # Of c x^e, where `value` is that.
+def _root(value, x, exponent, n: int) -> list:
+    # Of x^e, where `value` is that, and x is not zero.
     out = [value]
     if n > 0:
         inverse = 1 / x
         for i in range(n):
             out.append((exponent - i) * inverse * out[-1])
-    return out[: n + 1]
+    return out
+
+
+def power(x, exponent, n: int) -> list:
+    # Not by division, which fails at zero.
+    traced = isinstance(exponent, jax.core.Tracer)  # pyright: ignore
+    if not traced and float(exponent).is_integer():
+        return integer_power(x, int(exponent), n)
+    out, factor = [], 1
+    for _ in range(n + 1):
+        out.append(factor * x**exponent)
+        # The factor is zero if the exponent was: then it may be anything.
+        factor, exponent = factor * exponent, jnp.where(exponent == 0, 1, exponent - 1)
+    return out
 
 
 def _sine(x, n: int):
@@ -300,8 +313,8 @@ def integer_power(x, exponent: int, n: int) -> list:
 
 
 CHAINS: dict[str, Callable] = {
-    "sqrt": lambda x, n: power(jnp.sqrt(x), x, 0.5, n),
-    "rsqrt": lambda x, n: power(1 / jnp.sqrt(x), x, -0.5, n),
+    "sqrt": lambda x, n: _root(jnp.sqrt(x), x, 0.5, n),
+    "rsqrt": lambda x, n: _root(1 / jnp.sqrt(x), x, -0.5, n),
     "sin": _sine,
     "cos": _cosine,
 }
