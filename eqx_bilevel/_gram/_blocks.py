@@ -220,10 +220,13 @@ def _map_chunks(fn, kernels: Kernels, left: _Side, right: _Side, reduce):
         others = right.numbers(lambda y: _spread(y, size, 0))
         return jax.tree.map(reduce, fn(kernels, (size, m), here, others))
 
-    chunks = -(-n * m // _PAIRS_AT_ONCE)
-    if chunks <= 1:
+    most = max(1, _PAIRS_AT_ONCE // m)
+    if n <= most:
         return of_rows(left)
-    size = -(-n // chunks)
+    # Without a remainder, if possible.
+    divisors = (s for s in range(most, most // 2, -1) if n % s == 0)
+    size = next(divisors, -(-n // -(-n // most)))
+    chunks = -(-n // size)
     # The last chunk is filled up with copies of the last row.
     index = jnp.minimum(jnp.arange(chunks * size), n - 1).reshape(chunks, size)
     chunked = jax.tree.map(lambda x: x[index], left)
