@@ -296,6 +296,11 @@ def trace(operator: Any, unknowns: Unknowns, dim: int, dtype, name: str) -> Trac
             f"This happened in the operator of condition {name!r}, which is called as "
             f"`operator(u, x)` with `u` {kind} and `x` of shape ({dim},)."
         )
+        if "not callable" in str(error):
+            error.add_note(
+                "Note that `u.d` is called, `u.d(0)`, and that the others are not: "
+                "`u.value`, `u.laplacian`."
+            )
         raise
     if len(asked) == 0:
         raise ValueError(

@@ -365,8 +365,13 @@ def _each(u: Any, fn: Callable) -> PyTree:
 
 
 def _points(x, problem: Problem):
-    x = jnp.asarray(x)
-    dim = problem.rows[0].points.shape[1]
+    x, points = jnp.asarray(x), problem.rows[0].points
+    if points.ndim != 2:
+        raise ValueError(
+            "These are several solutions in one, as `jax.vmap` makes them. Evaluate "
+            "them in the same way: `jax.vmap(lambda solution: solution(x))(solutions)`."
+        )
+    dim = points.shape[1]
     if x.ndim not in (1, 2) or x.shape[-1] != dim:
         raise ValueError(
             f"`x` must be one point of shape ({dim},) or many of shape (n, {dim}), got "

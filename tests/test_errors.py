@@ -613,6 +613,9 @@ def test_operators_errors_say_where():
         with pytest.raises(kind) as error:
             _solve(_pde(operator=operator))
         assert any("operator of condition 'pde'" in n for n in error.value.__notes__)
+    with pytest.raises(TypeError, match="not callable") as error:
+        _solve(_pde(operator=lambda u, x: u.laplacian()))
+    assert any("`u.laplacian`" in n for n in error.value.__notes__)
 
 
 #

@@ -138,6 +138,8 @@ def test_solutions_go_in_and_out(plain):
     many = eqx.filter_vmap(lambda solution: solution(grid))(solutions)
     _close(many, jnp.stack([p["many"] for p in plain]))
     assert np.all(solutions.result == eb.RESULTS.successful)
+    with pytest.raises(ValueError, match="several solutions in one"):
+        solutions(grid)
     once_more = eqx.filter_vmap(lambda s: _solve(0.6, sources, initial=s)(grid))
     again = once_more(solutions)
     _close(again[0], again[1], rtol=1e-6)
