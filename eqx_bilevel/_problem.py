@@ -211,7 +211,16 @@ def _check_shapes(prior, dim: int, dtype) -> None:
     x = jax.ShapeDtypeStruct((dim,), dtype)
     for p in priors_of(prior).values():
         for what, fn, args in (("kernel", p.kernel, 2), ("mean", mean_function(p), 1)):
-            out = eqx.filter_eval_shape(fn, *[x] * args)
+            try:
+                out = eqx.filter_eval_shape(fn, *[x] * args)
+            except Exception as error:
+                error.add_note(f"This happened in the `{what}` of a `GaussianProcess`.")
+                raise
+            if not isinstance(out, jax.ShapeDtypeStruct):
+                raise ValueError(
+                    f"`{what}` of a `GaussianProcess` must return one number, as a JAX "
+                    f"array, but it returned a {type(out).__name__}."
+                )
             if out.dtype != dtype:
                 raise ValueError(
                     f"The points are {dtype}, but the {what} returns {out.dtype}: give "

@@ -1,5 +1,6 @@
 """Bad input and numerical trouble: what is said, and that it is said in time."""
 
+import math
 import pathlib
 import subprocess
 import sys
@@ -76,6 +77,16 @@ def _mean(x):
 class Vector(eb.AbstractKernel):
     def __call__(self, x, y):
         return jnp.exp(-((x - y) ** 2))
+
+
+class Pair(eb.AbstractKernel):
+    def __call__(self, x, y):
+        return jnp.sum(x), jnp.sum(y)
+
+
+class OfNumbers(eb.AbstractKernel):
+    def __call__(self, x, y):
+        return math.exp(-((x[0] - y[0]) ** 2))
 
 
 def _objective():
@@ -164,6 +175,10 @@ _wrong = {
     "kernel of a vector": (
         lambda: _solve(_pde(), prior=eb.GaussianProcess(Vector())),
         r"`kernel` of a `GaussianProcess` must return one number.*shape \(1,\)",
+    ),
+    "kernel of a tuple": (
+        lambda: _solve(_pde(), prior=eb.GaussianProcess(Pair())),
+        r"`kernel` of a `GaussianProcess` must return one number.*it returned a tuple",
     ),
     "mean's axes": (
         lambda: eb.GaussianProcess(eb.Gaussian(0.5), jnp.ones(2)),
@@ -613,6 +628,9 @@ def test_operators_errors_say_where():
         with pytest.raises(kind) as error:
             _solve(_pde(operator=operator))
         assert any("operator of condition 'pde'" in n for n in error.value.__notes__)
+    with pytest.raises(TypeError) as error:
+        _solve(_pde(), prior=eb.GaussianProcess(OfNumbers()))
+    assert any("`kernel` of a `GaussianProcess`" in n for n in error.value.__notes__)
     with pytest.raises(TypeError, match="not callable") as error:
         _solve(_pde(operator=lambda u, x: u.laplacian()))
     assert any("`u.laplacian`" in n for n in error.value.__notes__)
