@@ -2,13 +2,15 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from ._jets import derivative, view
 
 
 def apply(
-    operator: Callable, fn: Callable | Mapping[str, Callable], x: Float[Array, "*n d"]
+    operator: Callable,
+    fn: Callable | Mapping[str, Callable],
+    x: Float[ArrayLike, "*n d"],
 ) -> PyTree[Array]:
     r"""What an operator makes of functions that are known, by automatic
     differentiation. Of a chosen solution, this gives the targets of the problem that it
@@ -39,6 +41,7 @@ def apply(
     scalar.
     """
     x = jnp.asarray(x)
+    x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(float)
     if x.ndim not in (1, 2):
         raise ValueError(
             "`x` must be one point of shape (d,) or many of shape (n, d), got shape "

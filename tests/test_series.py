@@ -53,6 +53,7 @@ known = dict(
     real_power=lambda x, y: jnp.exp(-jnp.sum((x - y) ** 2.0)),
     array_power=lambda x, y: jnp.exp(-jnp.sum((x - y) ** two)),
     absolute_power=lambda x, y: jnp.exp(-jnp.sum(jnp.abs(x - y) ** 2.0)),
+    step_power=lambda x, y: x[0] ** jnp.floor(4 * y[1]) * y[0],
     support=lambda x, y: jnp.maximum(squared(x, y) - 0.3, 0.0) ** 4.5,
     base=lambda x, y: 2.0 ** (x[0] * y[0]) + (1 + x[1]) ** y[0],
     moved=lambda x, y: (

@@ -220,7 +220,7 @@ def _map_chunks(fn, kernels: Kernels, left: _Side, right: _Side, reduce):
         others = right.numbers(lambda y: _spread(y, size, 0))
         return jax.tree.map(reduce, fn(kernels, (size, m), here, others))
 
-    most = max(1, _PAIRS_AT_ONCE // m)
+    most = max(1, _PAIRS_AT_ONCE // max(1, m))
     if n <= most:
         return of_rows(left)
     # Without a remainder, if possible.

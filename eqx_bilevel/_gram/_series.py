@@ -274,7 +274,7 @@ def _root(value, x, exponent, n: int) -> list:
 def power(x, exponent, n: int) -> list:
     # Not by division, which fails at zero.
     traced = isinstance(exponent, jax.core.Tracer)  # pyright: ignore
-    if not traced and float(exponent).is_integer():
+    if not traced and jnp.ndim(exponent) == 0 and float(exponent).is_integer():
         return integer_power(x, int(exponent), n)
     out, factor = [], 1
     for _ in range(n + 1):
