@@ -1,7 +1,9 @@
 """Burgers' equation with an unknown viscosity, from noisy data.
 
 The viscosity is a hyperparameter here, inside of the operator. Its error bar comes from
-the second derivatives of the evidence.
+the second derivatives of the evidence. It determines the function, whose own prior
+should say nothing: as for Darcy flow, its kernel is held, with lengthscales that the
+points resolve.
 """
 
 import eqx_bilevel as eb
@@ -25,7 +27,8 @@ def exact(points, viscosity):
 
 
 def prior():
-    return eb.GaussianProcess(eb.Scaled(eb.Gaussian([0.5, 0.3]), 1.0))
+    lengthscales = eb.Frozen(jnp.array([0.3, 0.2]))
+    return eb.GaussianProcess(eb.Scaled(eb.Gaussian(lengthscales), eb.Frozen(1e4)))
 
 
 def stated(key, n=400, num=40):
