@@ -9,6 +9,7 @@ import sys
 
 import eqx_bilevel as eb
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -71,16 +72,18 @@ def test_without_learning(name, monkeypatch):
         assert 0 < errors["rms"] <= errors["max"] < np.inf
 
 
-def test_exact_solutions_in_many_ways():
-    # Derivatives of the exact solutions, by hand.
-    x = np.array([0.3, 0.8])
-    wave = breadth.jet(lambda x: np.e ** (2 * x[0]) * x[1] ** 3, x)
-    np.testing.assert_allclose(wave.d(0, 1), 6 * np.exp(0.6) * 0.64, rtol=1e-12)
-    laplacian = np.exp(0.6) * (4 * 0.512 + 6 * 0.8)
-    np.testing.assert_allclose(wave.laplacian, laplacian, rtol=1e-12)
+def test_sources_follow_from_exact_solutions():
+    x = jnp.array([0.3, 0.8])
+    waves = breadth.applied(
+        lambda u, x: u.d(0, 0) - u.d(1, 1), lambda x: x[0] * x[1] ** 3
+    )
+    np.testing.assert_allclose(waves(x), -6 * 0.3 * 0.8, rtol=1e-12)
+    known = {"p": lambda x: x[0] ** 2, "q": lambda x: x[1]}
+    both = breadth.applied(lambda u, x: u["p"].d(0) * u["q"].value, known)
+    np.testing.assert_allclose(both(x), 2 * 0.3 * 0.8, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name, n", [("beam", 20), ("advection", 60), ("stokes", 50)])
+@pytest.mark.parametrize("name, n", [("beam", 20), ("advection", 80), ("stokes", 50)])
 def test_breadth(name, n):
     row = breadth.run(name, n=n)
     assert row["converged"]
