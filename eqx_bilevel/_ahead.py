@@ -8,7 +8,6 @@ import functools as ft
 import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import jax
@@ -89,7 +88,7 @@ def placed_alike(program: Callable) -> Callable:
 _MOST_FOR_ONE_THREAD = 2000
 
 
-def free_cores(num_conditions: int) -> AbstractContextManager:
+def free_cores(num_conditions: int) -> contextlib.AbstractContextManager:
     # OpenBLAS's threads wait in busy loops, and take the cores from the compiler.
     limit = 1 if num_conditions <= _MOST_FOR_ONE_THREAD else None
     return threadpool_limits(limit, user_api="blas")

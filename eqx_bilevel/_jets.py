@@ -246,6 +246,12 @@ def residual(
     return _ravel(evaluate(operator, unknowns, jets, values, x), x.dtype)
 
 
+_WHAT_IS_CALLED = (
+    "Note that `u.d` is called, `u.d(0)`, and that the others are not: `u.value`, "
+    "`u.laplacian`."
+)
+
+
 def trace(operator: Any, unknowns: Unknowns, dim: int, dtype, name: str) -> Trace:
     # `name` is the condition's, for messages.
     if not callable(operator):
@@ -272,8 +278,7 @@ def trace(operator: Any, unknowns: Unknowns, dim: int, dtype, name: str) -> Trac
             if not eqx.is_array_like(leaf):
                 raise ValueError(
                     f"The operator of condition {name!r} must return numbers, got a "
-                    f"{type(leaf).__name__}. Note that `u.d` is called, `u.d(0)`, and "
-                    "that the others are not: `u.value`, `u.laplacian`."
+                    f"{type(leaf).__name__}. {_WHAT_IS_CALLED}"
                 )
             if jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
                 raise ValueError(
@@ -297,10 +302,7 @@ def trace(operator: Any, unknowns: Unknowns, dim: int, dtype, name: str) -> Trac
             f"`operator(u, x)` with `u` {kind} and `x` of shape ({dim},)."
         )
         if "not callable" in str(error):
-            error.add_note(
-                "Note that `u.d` is called, `u.d(0)`, and that the others are not: "
-                "`u.value`, `u.laplacian`."
-            )
+            error.add_note(_WHAT_IS_CALLED)
         raise
     if len(asked) == 0:
         raise ValueError(

@@ -74,6 +74,13 @@ def test_without_learning(name, monkeypatch):
 
 def test_sources_follow_from_exact_solutions():
     x = jnp.array([0.3, 0.8])
+    # Derivatives of the exact solutions, by hand.
+    wave = lambda x: np.e ** (2 * x[0]) * x[1] ** 3
+    mixed = breadth.applied(lambda u, x: u.d(0, 1), wave)
+    np.testing.assert_allclose(mixed(x), 6 * np.exp(0.6) * 0.64, rtol=1e-12)
+    laplacian = np.exp(0.6) * (4 * 0.512 + 6 * 0.8)
+    found = breadth.applied(lambda u, x: u.laplacian, wave)(x)
+    np.testing.assert_allclose(found, laplacian, rtol=1e-12)
     waves = breadth.applied(
         lambda u, x: u.d(0, 0) - u.d(1, 1), lambda x: x[0] * x[1] ** 3
     )

@@ -161,7 +161,7 @@ def table(rows):
                 best = f"{np.median([abs(n['most_likely']) for n in numbers]):.1e}"
                 inside = [abs(n["error"]) <= 1.96 * n["std"] for n in numbers]
                 covered = f"{sum(inside)} of {len(inside)} (of 95%)"
-                bar = np.nanmedian([n["std"] for n in numbers])
+                bar = np.median([n["std"] for n in numbers])
             error = np.nan_to_num(error, nan=np.inf)
             first = i == 0
             converged = sum(r["converged"] for r in some)
