@@ -1,6 +1,7 @@
 """Linear systems without a matrix, for kernels that are as they are."""
 
 import functools as ft
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -40,6 +41,8 @@ class MatrixFree(AbstractKernelSystem):
         preconditioner: M. Díaz et al., *Robust, randomized preconditioning for kernel
         ridge regression*, [arXiv:2304.12465](https://arxiv.org/abs/2304.12465).
     """
+
+    small_operations: ClassVar[bool] = True
 
     rank: int = eqx.field(static=True, default=1000)
     rtol: float = eqx.field(static=True, default=1e-9)

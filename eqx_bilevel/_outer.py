@@ -15,7 +15,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from ._ahead import placed_alike
+from ._ahead import jit, placed_alike
 from ._checks import all_finite, problem_with, sanitised
 from ._condition import Condition, learned_in
 from ._gauss_newton import GaussNewton
@@ -128,7 +128,7 @@ def _outcome(
 
 
 @placed_alike
-@eqx.filter_jit
+@jit
 def evaluate(theta: PyTree, task: Task, start: Start) -> tuple[Found, Outcome]:
     solution = solve_at(theta, task, start)
     objective, readings = as_data_objective(task.objective), ()
@@ -189,7 +189,7 @@ def optax_update(
 
 
 @placed_alike
-@eqx.filter_jit
+@jit
 def optax_step(
     optimiser: optax.GradientTransformation,
     opt_state: PyTree,
@@ -263,7 +263,7 @@ def optimistix_init(solver, theta: PyTree, task: Task, start: Start):
 
 
 @placed_alike
-@eqx.filter_jit
+@jit
 def optimistix_step(
     solver,
     state: Any,

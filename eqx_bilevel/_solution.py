@@ -13,6 +13,7 @@ import wadler_lindig as wl
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from ._adjoint import without_gradient
+from ._ahead import jit
 from ._closure import function_as_pytree
 from ._determinant import log_determinant
 from ._geometry import as_key
@@ -380,7 +381,7 @@ def _points(x, problem: Problem):
     return jnp.atleast_2d(x).astype(problem.dtype), x.ndim == 1
 
 
-@eqx.filter_jit
+@jit
 def _apply(solution: Solution, operator, x, known: Sequence[Reading] = ()):
     operator = unwrap(operator)
     found = solution._trace(operator, x)
@@ -394,7 +395,7 @@ def _apply(solution: Solution, operator, x, known: Sequence[Reading] = ()):
     return jax.vmap(at)(values, x)
 
 
-@eqx.filter_jit
+@jit
 def _residuals(solution: Solution):
     out = {}
     for r in solution._problem.rows:
@@ -406,7 +407,7 @@ def _residuals(solution: Solution):
     return out
 
 
-@eqx.filter_jit
+@jit
 def _std(solution: Solution, operator, x):
     blocks = (solution._number_block(operator, x),)
     before, rows = solution._system.covariances(*solution._at, blocks, joint=False)
@@ -419,14 +420,14 @@ def _std(solution: Solution, operator, x):
     return jnp.where(solution._usable, std, jnp.nan)
 
 
-@eqx.filter_jit
+@jit
 def _covariance(solution: Solution, operators, x):
     return solution._covariance(
         [solution._number_block(op, x) for op in operators.values()]
     )
 
 
-@eqx.filter_jit
+@jit
 def _sample(solution: Solution, operators, x, key, num_samples):
     mean = jnp.concatenate([_apply(solution, op, x) for op in operators.values()])
     posterior = _covariance(solution, operators, x)
@@ -436,14 +437,14 @@ def _sample(solution: Solution, operators, x, key, num_samples):
     return dict(zip(operators, jnp.split(draws, len(operators), axis=1)))
 
 
-@eqx.filter_jit
+@jit
 def _standardised_errors(solution: Solution, condition: str | None):
     ((values, precisions),) = solution._left_out(condition, None)
     root = jnp.linalg.cholesky(precisions)
     return jnp.einsum("nji,nj->ni", root, values)
 
 
-@eqx.filter_jit
+@jit
 def _spectrum(solution: Solution, num_products: int):
     problem, z = solution._problem, solution._z
     if problem.z_size == 0:
@@ -458,7 +459,7 @@ def _spectrum(solution: Solution, num_products: int):
     return extreme_eigenvalues(posterior, curvature, z, num_products)
 
 
-@eqx.filter_jit
+@jit
 def _condition_number(solution: Solution, num_products: int):
     matrix = dense(solution._gram)
     scale = jnp.sqrt(jnp.diagonal(matrix.as_matrix()))

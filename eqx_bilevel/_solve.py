@@ -10,6 +10,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._adjoint import FixedPointAdjoint, FrozenAdjoint, without_gradient
+from ._ahead import jit
 from ._checks import check_num_steps, check_solver, checked, checked_initial, sanitised
 from ._condition import Condition, GaussianProcess
 from ._gauss_newton import GaussNewton, Root
@@ -90,7 +91,7 @@ def solve(
     return _solve(prior, conditions, solver, adjoint, initial, max_steps, throw)
 
 
-@eqx.filter_jit
+@jit
 def _solve(prior, conditions, solver, adjoint, initial, max_steps, throw):
     problem, fault = sanitised(*unwrap((prior, conditions)))
     z = prior_z(problem) if initial is None else initial_z(problem, initial)

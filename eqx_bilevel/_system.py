@@ -5,7 +5,7 @@ else does.
 
 import abc
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -93,6 +93,9 @@ class AbstractSystem(eqx.Module):
     # With functionals phi and G = phi k phi^T + Gamma. What belongs to one
     # linearisation is its `factor`. A problem can have readings; their functionals are
     # not among phi.
+
+    # Whether programs with it consist of very many operations on parts of matrices.
+    small_operations: ClassVar[bool] = False
 
     @abc.abstractmethod
     def smallest_nugget(self, problem: Problem) -> float:

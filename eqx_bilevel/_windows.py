@@ -13,6 +13,7 @@ import wadler_lindig as wl
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from ._adjoint import FixedPointAdjoint, without_gradient
+from ._ahead import jit
 from ._checks import all_finite, check_num_steps, check_solver, checked, sanitised
 from ._closure import function_as_pytree
 from ._condition import Condition, GaussianProcess, is_concrete
@@ -108,7 +109,7 @@ class Windows(eqx.Module):
         return _at(self, fn, x) if x.ndim == 1 else _at_each(self, fn, x)
 
 
-@eqx.filter_jit
+@jit
 def _at(windows: Windows, fn: Callable, x: Float[Array, " d"]) -> PyTree[Array]:
     passed = (x[windows._axis] - windows.start) / windows.length
     last = windows.num_windows - 1
@@ -116,7 +117,7 @@ def _at(windows: Windows, fn: Callable, x: Float[Array, " d"]) -> PyTree[Array]:
     return fn(windows.window(index), x)
 
 
-@eqx.filter_jit
+@jit
 def _at_each(windows: Windows, fn: Callable, x: Float[Array, "n d"]) -> PyTree[Array]:
     # One by one: at many points together there would be as many copies of factors.
     return jax.lax.map(lambda x: _at(windows, fn, x), x)
@@ -247,7 +248,7 @@ class _Known(eqx.Module):
     covariance: Float[Array, "nq nq"]
 
 
-@eqx.filter_jit
+@jit
 def _solve_windows(
     prior,
     conditions,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -54,6 +54,8 @@ class SparseCholesky(AbstractSystem):
         F. Schäfer, *Sparse Cholesky factorization for solving nonlinear PDEs via
         Gaussian processes*, [arXiv:2304.01294](https://arxiv.org/abs/2304.01294).
     """
+
+    small_operations: ClassVar[bool] = True
 
     rho: tuple[float, float] = eqx.field(static=True, default=(6.0, 4.0))
     rho_conditions: float = eqx.field(static=True, default=6.0)
