@@ -228,7 +228,12 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
             done=converged,
             result=optx.RESULTS.successful,
         )
-        failed = eqx.tree_at(lambda s: (s.jitter, s.done), state, (jitter, too_much))
+        # Keeping factors and weights for that would cost a copy of all in each step.
+        failed = eqx.tree_at(
+            lambda s: (s.jitter, s.done, s.factor, s.change),
+            state,
+            (jitter, too_much, self.system.no_factor(problem), state.change + jnp.inf),
+        )
         root = Root(here.z, new.weights)
         y, state = tree_where(new.usable, (root, solved), (y, failed))
         num_left = state.num_left - 1

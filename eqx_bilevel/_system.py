@@ -287,16 +287,15 @@ class DenseSystem(AbstractKernelSystem):
         return 0.125 * rounding_of_sums(problem)
 
     def no_factor(self, problem):
-        # Of the identity, if the solver is `lx.Cholesky`, for what comes of it to be
-        # finite if there never is another one. A factorisation would cost as much as a
-        # step.
+        # For triangular factors, for what comes of them to be finite if there never are
+        # others. The identity would be kept as a matrix.
         def init(matrix):
             tags = lx.positive_semidefinite_tag
             return self.linear_solver.init(lx.MatrixLinearOperator(matrix, tags), {})
 
         def trivial(x):
             if x.shape == matrix.shape:
-                return jnp.eye(problem.size, dtype=x.dtype)
+                return jnp.ones(x.shape, x.dtype)
             return jnp.zeros(x.shape, x.dtype)
 
         matrix = jax.ShapeDtypeStruct((problem.size, problem.size), problem.dtype)
@@ -319,10 +318,14 @@ class DenseSystem(AbstractKernelSystem):
         if problem.z_size == 0:
             z = rounding = jnp.zeros(0, problem.dtype)
         else:
-            read = z_functionals(problem)
-            rows = covariance(problem.kernels, read, linearised.functionals)
-            z = prior_z(problem) + rows @ (weights + correction)
-            rounding = rows @ correction
+            # Without the matrix: its memory would cost more time than its entries do.
+            read, functionals = z_functionals(problem), linearised.functionals
+            product = lambda w: covariance_product(
+                problem.kernels, read, functionals, w
+            )
+            both = jnp.stack([weights + correction, correction])
+            z, rounding = jax.vmap(product)(both)
+            z = prior_z(problem) + z
         weights = weights + correction
         good = usable(weights, z, (remainder, rhs), (rounding, z))
         none = jnp.array(0)
