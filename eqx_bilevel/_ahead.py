@@ -59,10 +59,11 @@ def _is_traced(args: PyTree) -> bool:
 def jit(program: Callable) -> Callable:
     # As `eqx.filter_jit`, but for programs of many small operations.
     default = eqx.filter_jit(program)
-    fewer_modules = eqx.filter_jit(program, compiler_options=_FEWER_MODULES)
+    options = dict(compiler_options=_FEWER_MODULES)
+    fewer_modules = cast(Any, eqx.filter_jit)(program, **options)
     is_system = lambda x: isinstance(x, AbstractSystem)
 
-    def of(*args):
+    def of(*args) -> Any:
         leaves = jax.tree.leaves(args, is_leaf=is_system)
         small = any(is_system(x) and x.small_operations for x in leaves)
         # Programs within others have no options.

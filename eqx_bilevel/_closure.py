@@ -1,4 +1,6 @@
-import dis
+"""Python functions as pytrees."""
+
+import copy
 import functools as ft
 import types
 from typing import Any
@@ -10,6 +12,15 @@ import jax.tree_util as jtu
 import numpy as np
 import wadler_lindig as wl
 
+from ._code import (
+    attribute,
+    globals_of,
+    has_attributes,
+    is_library,
+    is_opaque,
+    MISSING,
+    Uses,
+)
 from ._pretty import named_doc
 
 
@@ -25,6 +36,15 @@ class _ByIdentity:
         return id(self.value)
 
 
+class _ByType(_ByIdentity):
+    # Likewise an object, whose attributes are compared elsewhere.
+    def __eq__(self, other):
+        return isinstance(other, _ByType) and type(self.value) is type(other.value)
+
+    def __hash__(self):
+        return hash(type(self.value))
+
+
 class Function(eqx.Module):
     # A Python function, taken apart: what it closes over is data, and so are the
     # variables of its module that it reads. The rest is static and compares by value.
@@ -34,6 +54,7 @@ class Function(eqx.Module):
     kwdefaults: dict | None
     code: types.CodeType = eqx.field(static=True)
     globals: _ByIdentity = eqx.field(static=True)
+    seen: tuple = eqx.field(static=True)  # in what may change
     name: str = eqx.field(static=True)
 
     def __call__(self, *args, **kwargs):
@@ -42,12 +63,8 @@ class Function(eqx.Module):
     def _together(self) -> types.FunctionType:
         # The function again, and those inside it as well: JAX hashes what is given to
         # `jax.lax.cond`, for instance.
-        is_function = lambda x: isinstance(x, Function)
-        together = lambda x: x._together() if is_function(x) else x
-        closure, read, defaults, kwdefaults = jtu.tree_map(
-            together,
-            (self.closure, self.read, self.defaults, self.kwdefaults),
-            is_leaf=is_function,
+        closure, read, defaults, kwdefaults = _together(
+            (self.closure, self.read, self.defaults, self.kwdefaults)
         )
         cells = tuple(types.CellType(x) for x in closure)
         globals_ = {**self.globals.value, **read}
@@ -62,18 +79,50 @@ class Function(eqx.Module):
         return named_doc(name, inside, **kwargs) if inside else wl.TextDoc(name)
 
 
-# Of these a function may rely on the very object that it closes over, unless there are
-# arrays inside: then it is data.
-_MUTABLE = (list, dict, set, bytearray)
+class Owner(eqx.Module):
+    # A Python object, class or module whose attributes a function reads: these are
+    # data. All else is as it is in the original.
+    read: dict[str, Any]
+    original: _ByIdentity = eqx.field(static=True)
+    seen: tuple = eqx.field(static=True)
+
+    def __call__(self, *args, **kwargs):
+        return self._together()(*args, **kwargs)
+
+    def _together(self) -> Any:
+        original, read = self.original.value, _together(self.read)
+        if isinstance(original, type):
+            return type(original.__name__, (original,), read)
+        if isinstance(original, types.ModuleType):
+            new = types.ModuleType(original.__name__)
+            new.__dict__.update(vars(original))
+        else:
+            new = copy.copy(original)
+        for name, value in read.items():
+            object.__setattr__(new, name, value)
+        return new
+
+    def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
+        original = self.original.value
+        name = getattr(original, "__name__", type(original).__name__)
+        return named_doc(name, wl.named_objs(self.read.items(), **kwargs), **kwargs)
 
 
-def _is_opaque(x) -> bool:
-    try:
-        leaves = jtu.tree_leaves(x)
-    except (TypeError, ValueError):  # A dictionary with keys that cannot be sorted.
-        return True
-    has_arrays = any(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
-    return isinstance(x, _MUTABLE) and not has_arrays
+class Method(eqx.Module):
+    function: Any
+    owner: Any
+
+    def __call__(self, *args, **kwargs):
+        return self._together()(*args, **kwargs)
+
+    def _together(self) -> types.MethodType:
+        return types.MethodType(*_together((self.function, self.owner)))
+
+
+def _together(tree: Any) -> Any:
+    is_apart = lambda x: isinstance(x, Function | Owner | Method)
+    together = lambda x: x._together() if is_apart(x) else x
+    return jtu.tree_map(together, tree, is_leaf=is_apart)
 
 
 def _as_jax(x):
@@ -89,20 +138,36 @@ def _is_static(x) -> bool:
 
 
 def function_as_pytree(fn: Any) -> Any:
-    # Two things go wrong with plain functions. A new lambda is a new jit-cache key,
-    # even if it has the same code; and arrays that it closes over are invisible to
-    # whatever differentiates the function's owner as a pytree. Both are cured by making
-    # the closure a pytree. Anything that is not a plain function is returned unchanged.
+    # Three things go wrong with plain functions. A new lambda is a new jit-cache key,
+    # even if it has the same code; arrays that it closes over are invisible to whatever
+    # differentiates the function's owner as a pytree; and attributes that it reads may
+    # have changed since it was compiled. All are cured by making what it uses a pytree.
+    # Anything that is no function, method or object of a user is returned unchanged.
     if isinstance(fn, ft.partial):
-        return eqx.Partial(_convert(fn.func, ()), *fn.args, **fn.keywords)
-    return _convert(fn, ())
+        function = function_as_pytree(fn.func)
+        return eqx.Partial(function, *fn.args, **fn.keywords)
+    is_function = isinstance(fn, types.FunctionType | types.MethodType)
+    if is_function or has_attributes(fn):
+        return _convert(fn, (), Uses.of(fn))
+    return fn
 
 
-def _convert(fn, inside: tuple):
-    if not isinstance(fn, types.FunctionType) or any(fn is f for f in inside):
-        return fn
-    foreign = len(inside) > 0 and fn.__globals__ is not inside[0].__globals__
-    if foreign and fn.__closure__ is None:  # A library's: always the same.
+def _convert(x: Any, inside: tuple, uses: Uses):
+    if any(x is y for y in inside):
+        return x
+    if isinstance(x, types.FunctionType):
+        return _function(x, inside, uses)
+    if isinstance(x, types.MethodType):
+        fn, owner = x.__func__, x.__self__
+        if not isinstance(fn, types.FunctionType) or not has_attributes(owner):
+            return x
+        return Method(*(_convert(y, inside, uses) for y in (fn, owner)))
+    return _owner(x, inside, uses) if has_attributes(x) else x
+
+
+def _function(fn: types.FunctionType, inside: tuple, uses: Uses):
+    library = len(inside) > 0 and is_library(fn.__globals__.get("__name__", ""))
+    if library and fn.__closure__ is None:  # Always the same.
         return fn
     inside = (*inside, fn)
     try:
@@ -111,44 +176,73 @@ def _convert(fn, inside: tuple):
         return fn
     if any(c is f for c in contents for f in inside):  # Recursive functions.
         return fn
-    if any(map(_is_opaque, contents)):
+    if any(map(is_opaque, contents)):
         return fn
-    convert = lambda x: _as_jax(_convert(x, inside))
-    is_leaf = lambda x: isinstance(x, types.FunctionType)
-    read = {} if foreign else _globals_of(fn)
-    closure, read, defaults, kwdefaults = jtu.tree_map(
-        convert, (contents, read, fn.__defaults__, fn.__kwdefaults__), is_leaf=is_leaf
-    )
-    static = eqx.filter((closure, defaults, kwdefaults), eqx.is_array, inverse=True)
-    if not all(_is_static(x) for x in jax.tree.leaves(static)):
+    read, seen = _data_and_seen({} if library else globals_of(fn))
+    data = contents, read, fn.__defaults__, fn.__kwdefaults__
+    contents, read, defaults, kwdefaults = data = _data(data, inside, uses)
+    static = eqx.filter(data, eqx.is_array, inverse=True)
+    if not all(map(_is_static, jtu.tree_leaves(static))):
         return fn
     globals_ = _ByIdentity(fn.__globals__)
     return Function(
-        closure, read, defaults, kwdefaults, fn.__code__, globals_, fn.__name__
+        contents, read, defaults, kwdefaults, fn.__code__, globals_, seen, fn.__name__
     )
 
 
-_READS = ("LOAD_GLOBAL", "LOAD_NAME")
+def _data(tree: Any, inside: tuple, uses: Uses) -> Any:
+    convert = lambda x: _as_jax(_convert(x, inside, uses))
+    is_leaf = lambda x: isinstance(x, types.FunctionType)
+    return jtu.tree_map(convert, tree, is_leaf=is_leaf)
 
 
-def names_read(code: types.CodeType) -> list[str]:
-    # Of globals, also by functions defined inside.
-    codes, names = [code], set()
-    for code in codes:
-        # Not `co_names`, which has the names of attributes as well.
-        names.update(i.argval for i in dis.get_instructions(code) if i.opname in _READS)
-        codes.extend(c for c in code.co_consts if isinstance(c, types.CodeType))
-    return sorted(names)
-
-
-def _globals_of(fn: types.FunctionType) -> dict[str, Any]:
-    names = names_read(fn.__code__)
-    found = {n: fn.__globals__[n] for n in names if n in fn.__globals__}
-    return {n: x for n, x in found.items() if _is_data(x)}
+def _data_and_seen(variables: dict[str, Any]) -> tuple[dict[str, Any], tuple]:
+    # Lists and so on are left where they are, and what they contain is compared.
+    data = {n: x for n, x in variables.items() if _is_data(x)}
+    others = sorted(variables.keys() - data.keys())
+    return data, tuple((n, _content(variables[n])) for n in others)
 
 
 def _is_data(x) -> bool:
-    is_array = lambda y: isinstance(y, jax.Array | np.ndarray)
-    return not _is_opaque(x) and all(
-        is_array(y) or _is_static(y) for y in jtu.tree_leaves(x)
+    is_data = lambda y: (
+        isinstance(y, jax.Array | np.ndarray) or has_attributes(y) or _is_static(y)
     )
+    return not is_opaque(x) and all(map(is_data, jtu.tree_leaves(x)))
+
+
+def _content(x: Any, inside: tuple = ()) -> Any:
+    if any(x is y for y in inside):
+        return None
+    content = lambda y: _content(y, (*inside, x))
+    if isinstance(x, dict):
+        return dict, tuple((k, content(v)) for k, v in x.items())
+    if isinstance(x, list | tuple):
+        return type(x), tuple(map(content, x))
+    if isinstance(x, set):
+        return set, frozenset(x)
+    return type(x), x if _is_static(x) else _ByIdentity(x)
+
+
+#
+# Attributes
+#
+
+
+def _owner(x: Any, inside: tuple, uses: Uses):
+    read = {}
+    for name in uses.read:
+        value = attribute(x, name)
+        if value is not MISSING and not _is_method(x, name, value):
+            read[name] = value
+    # What a function changes has to be the very object.
+    if len(read) == 0 or any(name in uses.changed for name in read):
+        return x
+    read, seen = _data_and_seen(read)
+    by_identity = isinstance(x, type | types.ModuleType)
+    original = _ByIdentity(x) if by_identity else _ByType(x)
+    return Owner(_data(read, (*inside, x), uses), original, seen)
+
+
+def _is_method(x: Any, name: str, value: Any) -> bool:
+    own = not isinstance(x, type) and name in getattr(x, "__dict__", {})
+    return not own and hasattr(type(value), "__get__")

@@ -6,7 +6,6 @@ The same in each process, and wherever the code stands.
 import dataclasses
 import functools as ft
 import hashlib
-import sys
 import types
 from typing import Any
 
@@ -14,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._closure import Function, names_read
+from ._closure import Function, Owner
+from ._code import is_library, names_read
 
 
 def fingerprint(x: Any) -> str:
@@ -59,6 +59,8 @@ class _Fingerprints:
         if isinstance(x, Function):
             globals_ = x.globals.value
             return self._function(x.code, globals_, x.closure, x.defaults, x.kwdefaults)
+        if isinstance(x, Owner):
+            return ["owner", *each([type(x.original.value), x.read])]
         if isinstance(x, types.CodeType):
             return ["code", x.co_code, *each([x.co_consts, x.co_names])]
         if isinstance(x, types.MethodType):
@@ -72,7 +74,7 @@ class _Fingerprints:
 
     def _function(self, code, globals_, closure, *defaults) -> list[str | bytes]:
         # Of libraries it is only said which function it is.
-        if _is_library(globals_.get("__name__", "")):
+        if is_library(globals_.get("__name__", "")):
             parts = [globals_["__name__"], code.co_qualname]
         else:
             read = {n: globals_[n] for n in names_read(code) if n in globals_}
@@ -105,7 +107,7 @@ def _contents(cell: types.CellType) -> Any:
 
 def _name(cls: type) -> str:
     # A script is a module of another name if it is imported.
-    library = _is_library(cls.__module__)
+    library = is_library(cls.__module__)
     return f"{cls.__module__}.{cls.__qualname__}" if library else cls.__qualname__
 
 
@@ -119,12 +121,12 @@ def _fields(x: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(x):  # All modules of Equinox are.
         names = [field.name for field in dataclasses.fields(x)]
         return {n: getattr(x, n) for n in names if hasattr(x, n)}
-    return {} if _is_library(type(x).__module__) else dict(getattr(x, "__dict__", {}))
+    return {} if is_library(type(x).__module__) else dict(getattr(x, "__dict__", {}))
 
 
 def _members(cls: type) -> list[Any]:
     # What a user has written into a class and those that it comes from.
-    bases = [c for c in cls.__mro__ if not _is_library(c.__module__)]
+    bases = [c for c in cls.__mro__ if not is_library(c.__module__)]
     return [_written(dict(vars(c))) for c in bases]
 
 
@@ -138,12 +140,3 @@ def _written(members: dict[str, Any]) -> dict[str, Any]:
         elif not name.startswith("_") and isinstance(x, (*_LITERALS, jax.Array)):
             found[name] = x
     return found
-
-
-@ft.cache
-def _is_library(module: str) -> bool:
-    root = module.partition(".")[0]
-    if root in sys.stdlib_module_names or root == __name__.partition(".")[0]:
-        return True
-    file = getattr(sys.modules.get(root), "__file__", None) or ""
-    return "site-packages" in file or "dist-packages" in file

@@ -1,5 +1,8 @@
+import dataclasses
 import functools as ft
 import math
+import types
+from typing import Any
 
 import equinox as eqx
 import eqx_bilevel as eb
@@ -244,23 +247,149 @@ def test_partial(wrap):
     assert wrap is jtu.Partial or (count.traces == 1 and len(arrays(make(2.0))) == 3)
 
 
-class Unhashable:
-    __hash__ = None  # pyright: ignore
-
-    def __init__(self, value):
-        self.value = value
-
-    def __eq__(self, other):
-        return isinstance(other, Unhashable)  # Says nothing of the value.
-
-
 def test_unhashable():
     count = Counter()
     for value in (2.0, 3.0):
-        thing = Unhashable(value)
-        fn = lambda x: thing.value * x
+        thing = types.MappingProxyType({"value": value})
+        fn = lambda x: thing["value"] * x
         assert function_as_pytree(fn) is fn
         np.testing.assert_array_equal(count(fn, X), value * X)
+
+
+#
+# Attributes of objects, classes and modules. They may change.
+#
+
+
+@dataclasses.dataclass
+class Data:
+    nu: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    nu: Any
+
+
+class Model:
+    nu: Any = 0.0
+
+    def __init__(self, nu):
+        self.inner = types.SimpleNamespace(nu=nu, others=[nu])
+        self.nu = nu
+
+    @property
+    def half(self):
+        return 0.5 * self.nu
+
+    def method(self, x):
+        return 2 * self.half * x
+
+    @staticmethod
+    def static(one, x):
+        return one.nu * x
+
+    def __call__(self, x):
+        return self.method(x)
+
+    def make(self):
+        return lambda x: self.nu * x
+
+
+class Slots:
+    __slots__ = ("nu",)
+
+    def __init__(self, nu):
+        self.nu = nu
+
+
+def _class_with(nu):
+    Model.nu = nu
+    return lambda x: Model.nu * x
+
+
+def _module_with(nu, module=types.ModuleType("physics")):
+    module.nu = nu  # pyright: ignore
+    return lambda x: module.nu * x
+
+
+def _function_of_module_with(nu, module=types.ModuleType("physics")):
+    exec("def fn(x): return nu * x", module.__dict__)
+    module.nu = nu  # pyright: ignore
+    return lambda x: module.fn(x)
+
+
+def _object_of_closure(make):
+    def with_object(nu, one=make(None)):
+        one.nu = nu  # The same object each time.
+        return lambda x: one.nu * x
+
+    return with_object
+
+
+def _new_object(make, use=lambda one, x: one.nu * x):
+    def with_object(nu):
+        one = make(nu)
+        return lambda x: use(one, x)
+
+    return with_object
+
+
+_OWNERS = dict(
+    object=_object_of_closure(Model),
+    dataclass=_object_of_closure(Data),
+    namespace=_object_of_closure(lambda nu: types.SimpleNamespace(nu=nu)),
+    frozen=_new_object(Frozen),
+    property=_new_object(Model, lambda one, x: 2 * one.half * x),
+    method=_new_object(Model, lambda one, x: one.method(x)),
+    static=_new_object(Model, lambda one, x: Model.static(one, x)),
+    called=_new_object(Model, lambda one, x: one(x)),
+    inside=_new_object(Model, lambda one, x: one.inner.nu * x),
+    bound=lambda nu: Model(nu).method,
+    callable=Model,
+    own=lambda nu: Model(nu).make(),
+    cls=_class_with,
+    module=_module_with,
+    function_of_module=_function_of_module_with,
+)
+
+
+@pytest.mark.parametrize("name", _OWNERS)
+def test_attributes(name):
+    # Numbers are static, arrays are data, and traced ones too.
+    make, count = _OWNERS[name], Counter()
+    for nu in (2.0, 3.0):
+        np.testing.assert_allclose(count(make(nu), X), nu * X, rtol=1e-15)
+    assert count.traces == 2
+    for nu in (2.0, 3.0):
+        np.testing.assert_allclose(count(make(jnp.array(nu)), X), nu * X, rtol=1e-15)
+    assert count.traces == 3
+    gradient = jax.grad(lambda nu: jnp.sum(count(make(nu), X)))(2.0)
+    np.testing.assert_allclose(gradient, jnp.sum(X), rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "make",
+    (
+        _object_of_closure(Slots),
+        _new_object(Model, lambda one, x: one.inner.others[0] * x),
+    ),
+)
+def test_attributes_that_are_not_data(make):
+    count = Counter()
+    for nu in (2.0, 3.0, 3.0):
+        np.testing.assert_allclose(count(make(nu), X), nu * X, rtol=1e-15)
+
+
+def test_object_that_a_function_changes():
+    log = types.SimpleNamespace(calls=0)
+
+    def fn(x):
+        log.calls += 1
+        return x
+
+    Counter()(fn, X)
+    assert log.calls == 1
 
 
 #
@@ -482,6 +611,17 @@ def test_solve_compiles_once():
     # Only the checks before compiling.
     assert 0 < calls.number < before / 2
     assert abs(first - second) > 1e-2
+
+
+@pytest.mark.parametrize("container", (lambda: [1.0, "a"], lambda: {0: 1.0, "a": 0}))
+def test_global_container(container, monkeypatch):
+    # It is left where it is, and looked into.
+    shared, count = container(), Counter()
+    monkeypatch.setitem(globals(), "GLOBAL", shared)
+    for value in (1.0, 2.0, 2.0):
+        shared[0] = value
+        fn = lambda x: GLOBAL[0] * x  # pyright: ignore
+        np.testing.assert_array_equal(count(fn, X), value * X)
 
 
 def test_solve_sees_changed_globals(monkeypatch):
