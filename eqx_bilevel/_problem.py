@@ -382,10 +382,12 @@ def target_array(
     )
     if not ok:
         got = [leaf.shape for leaf in leaves]
+        hint = " Numbers at points have to be an array, not a list."
         raise ValueError(
             f"The target of {whose} must be a number, a function of a "
             f"point, or have the shape(s) {shapes} (number of points, then the shape "
             f"of the operator's value), got {got}."
+            + (hint if isinstance(target, list) else "")
         )
     full = [jnp.broadcast_to(leaf, s).reshape(n, -1) for leaf, s in zip(leaves, shapes)]
     return jnp.concatenate(full, axis=1)
