@@ -259,10 +259,10 @@ def measure_gradient(case: Case) -> dict:
         callback=tick,
         throw=False,
     )
-    seconds = np.diff(ends)
+    seconds, arrays = np.diff(ends), eqx.filter(learned.prior, eqx.is_array)
     return dict(
         points=sum(len(c.points) for c in conditions),
-        hyperparameters=sum(map(jnp.size, jax.tree.leaves(learned.prior))),
+        hyperparameters=sum(map(jnp.size, jax.tree.leaves(arrays))),
         objectives=objectives,
         step_s=round(float(np.median(seconds[1:])), 1),
         first_step_s=round(float(seconds[0]), 1),

@@ -100,6 +100,10 @@ data = [_pde(), _ends()]
 
 _wrong = {
     # Shapes.
+    "targets in a list": (
+        lambda: _solve(_pde(target=[1.0] * len(interior)), _ends()),
+        "have to be an array, not a list",
+    ),
     "points must have two axes": (
         lambda: _pde(points=jnp.ones(3)),
         r"`points` must have shape `\(n, d\)`.*got \(3,\)",
