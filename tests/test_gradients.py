@@ -262,3 +262,37 @@ def test_lineax_gmres_for_the_adjoint():
     value = jax.jit(jax.grad(fn))(pendulum.theta["stiffness"])
     value = value * derivatives("pendulum").directions["stiffness"]
     assert relative_error(value, derivatives("pendulum").exact["stiffness"]) < 1e-6
+
+
+#
+# Memory
+#
+
+
+@pytest.fixture
+def optimised():
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def test_memory(optimised):
+    # Of a frozen gradient of one step: the matrix, its factor, a copy for each; and a
+    # tenth of all for what is done in blocks.
+    box = eb.Box([0.0, 0.0], [1.0, 1.0])
+    keys = jax.random.split(jax.random.key(0))
+    interior, boundary = box.interior(700, key=keys[0]), box.boundary(100, key=keys[1])
+    conditions = [
+        eb.Condition(lambda u, x: -u.laplacian + u.value**3, interior, 1.0),
+        eb.Condition(lambda u, x: u.value, boundary),
+    ]
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def loss(kernel):
+        options = dict(adjoint=eb.FrozenAdjoint(), max_steps=1, throw=False)
+        solution = eb.solve(eb.GaussianProcess(kernel), conditions, **options)
+        return eb.ValidationResidual(interior)(solution)
+
+    memory = loss.lower(eb.Gaussian(0.3)).compile().compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 4.4 * 800**2 * 8

@@ -8,6 +8,7 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
+from eqx_bilevel import _ahead
 from eqx_bilevel._conjugate_gradients import ConjugateGradients
 from eqx_bilevel._gram import covariance, Noise
 from eqx_bilevel._low_rank import low_rank
@@ -265,3 +266,34 @@ def test_devices_share_it():
         assert np.isclose(found[1][name], slope, rtol=1e-4, atol=1e-5)
     shares = {shard.data.shape for shard in factor.basis.addressable_shards}
     assert shares == {(63, 100)}
+
+
+#
+# Compiling
+#
+
+
+def test_options_of_the_compiler(monkeypatch):
+    # Only at the outermost level, and only where XLA knows them.
+    same = np.testing.assert_array_equal
+    monkeypatch.setattr(_ahead, "_FEWER_MODULES", {"xla_no_such_option": True})
+    program, x = _ahead.jit(lambda system, x: 2 * x), jnp.arange(3.0)
+    monkeypatch.setattr(_ahead, "_are_options", _ahead._are_options.__wrapped__)
+    same(program(eb.MatrixFree(), x), 2 * x)
+    monkeypatch.setattr(_ahead, "_are_options", lambda: True)
+    same(program(lx.Cholesky(), x), 2 * x)
+    one = jnp.ones(())
+    within = lambda x: program(eb.MatrixFree(), x)
+    same(jax.jit(within)(x), 2 * x)
+    same(jax.jit(lambda: within(np.ones(())))(), 2 * one)
+    same(jax.grad(within)(one), 2 * one)
+    same(jax.vmap(within)(x), 2 * x)
+    same(jax.lax.map(within, x), 2 * x)
+    for fn in (within, lambda x: program.lower(eb.MatrixFree(), x).compile()):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+            fn(x)
+
+
+@pytest.mark.parametrize("solver", (eb.MatrixFree(), eb.SparseCholesky()))
+def test_options_that_there_are(solver):
+    assert _ahead._are_options() and solver.small_operations
