@@ -6,6 +6,7 @@ XLA needs no Python: while it compiles one program, the next one can be traced.
 import contextlib
 import functools as ft
 import gc
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from typing import Any, cast
@@ -134,9 +135,13 @@ def placed_alike(program: Callable) -> Callable:
 _MOST_FOR_ONE_THREAD = 2000
 
 
-def free_cores(num_conditions: int) -> contextlib.AbstractContextManager:
-    # OpenBLAS's threads wait in busy loops, and take the cores from the compiler.
-    limit = 1 if num_conditions <= _MOST_FOR_ONE_THREAD else None
+def free_cores(
+    num_conditions: int, compiling: bool = True
+) -> contextlib.AbstractContextManager:
+    # OpenBLAS's threads wait in busy loops, and take the cores from the compiler; and
+    # from programs, where there are few.
+    needed = compiling or (os.cpu_count() or 1) <= 2
+    limit = 1 if needed and num_conditions <= _MOST_FOR_ONE_THREAD else None
     return threadpool_limits(limit, user_api="blas")
 
 

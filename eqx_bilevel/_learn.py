@@ -264,18 +264,20 @@ def learn(
             file.header()  # Raises if it is of another run.
     record = Record(objective, steps, verbose, callbacks)
     try:
-        learned = _learn(
-            prior,
-            conditions,
-            task,
-            start,
-            optimiser,
-            8 if scale_search is True else int(scale_search),
-            key,
-            Limits(steps, rtol, patience),
-            record,
-            file,
-        )
+        num = sum(c.num_targets for c in conditions)
+        with free_cores(num, compiling=False):
+            learned = _learn(
+                prior,
+                conditions,
+                task,
+                start,
+                optimiser,
+                8 if scale_search is True else int(scale_search),
+                key,
+                Limits(steps, rtol, patience),
+                record,
+                file,
+            )
     except (KeyboardInterrupt, jax.errors.JaxRuntimeError) as error:
         # The latter above all if another process has died.
         if file is not None:
