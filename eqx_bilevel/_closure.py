@@ -82,15 +82,20 @@ class Function(eqx.Module):
 class Owner(eqx.Module):
     # A Python object, class or module whose attributes a function reads: these are
     # data. All else is as it is in the original.
-    read: dict[str, Any]
-    original: _ByIdentity = eqx.field(static=True)
-    seen: tuple = eqx.field(static=True)
+    _read: dict[str, Any]
+    _original: _ByIdentity = eqx.field(static=True)
+    _seen: tuple = eqx.field(static=True)
 
     def __call__(self, *args, **kwargs):
         return self._together()(*args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._together(), name)
+
     def _together(self) -> Any:
-        original, read = self.original.value, _together(self.read)
+        original, read = self._original.value, _together(self._read)
         if isinstance(original, type):
             return type(original.__name__, (original,), read)
         if isinstance(original, types.ModuleType):
@@ -103,9 +108,9 @@ class Owner(eqx.Module):
         return new
 
     def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
-        original = self.original.value
+        original = self._original.value
         name = getattr(original, "__name__", type(original).__name__)
-        return named_doc(name, wl.named_objs(self.read.items(), **kwargs), **kwargs)
+        return named_doc(name, wl.named_objs(self._read.items(), **kwargs), **kwargs)
 
 
 class Method(eqx.Module):
@@ -142,12 +147,12 @@ def function_as_pytree(fn: Any) -> Any:
     # even if it has the same code; arrays that it closes over are invisible to whatever
     # differentiates the function's owner as a pytree; and attributes that it reads may
     # have changed since it was compiled. All are cured by making what it uses a pytree.
-    # Anything that is no function, method or object of a user is returned unchanged.
+    # Anything that cannot be called, or is JAX's or Equinox's, is returned unchanged.
     if isinstance(fn, ft.partial):
         function = function_as_pytree(fn.func)
         return eqx.Partial(function, *fn.args, **fn.keywords)
     is_function = isinstance(fn, types.FunctionType | types.MethodType)
-    if is_function or has_attributes(fn):
+    if is_function or (callable(fn) and has_attributes(fn)):
         return _convert(fn, (), Uses.of(fn))
     return fn
 

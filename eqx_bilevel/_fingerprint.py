@@ -60,7 +60,7 @@ class _Fingerprints:
             globals_ = x.globals.value
             return self._function(x.code, globals_, x.closure, x.defaults, x.kwdefaults)
         if isinstance(x, Owner):
-            return ["owner", *each([type(x.original.value), x.read])]
+            return ["owner", *each([type(x._original.value), x._read])]
         if isinstance(x, types.CodeType):
             return ["code", x.co_code, *each([x.co_consts, x.co_names])]
         if isinstance(x, types.MethodType):

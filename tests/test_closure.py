@@ -381,6 +381,22 @@ def test_attributes_that_are_not_data(make):
         np.testing.assert_allclose(count(make(nu), X), nu * X, rtol=1e-15)
 
 
+class Shape(eqx.Module):
+    profile: Any
+
+    def __call__(self, x):
+        return self.profile(x) + self.profile.nu + self.profile.inner.nu
+
+
+def test_attributes_of_what_is_called():
+    shape, count = Shape(Model(1.0)), Counter()
+    for nu in (2.0, 3.0):
+        shape.profile.nu = nu
+        converted = jax.tree.map(function_as_pytree, shape)
+        np.testing.assert_allclose(count(converted, X), nu * X + nu + 1, rtol=1e-15)
+    assert function_as_pytree(Data(1.0)) == Data(1.0)
+
+
 def test_object_that_a_function_changes():
     log = types.SimpleNamespace(calls=0)
 
