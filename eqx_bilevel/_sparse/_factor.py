@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import lineax as lx
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .._gram import Block, covariance, Kernels, one_sides
 from ._pattern import Supernodes
@@ -222,15 +222,29 @@ def _extended(vector):
     return jnp.concatenate([vector, jnp.zeros_like(vector[:1])])
 
 
-def factorise(prior: Prior, pattern: Pattern) -> SparseFactor:
+def factorise(
+    prior: Prior, pattern: Pattern, before: SparseFactor, anew: Bool[Array, ""]
+) -> SparseFactor:
+    # In the place of the factor before, which is kept unless a new one is needed. With
+    # `jax.lax.cond` there would be two for a while.
     def one(node: Supernodes):
         n = len(node.columns)
         weights, root = regression(*prior.of_node(node), n)
         identity = jnp.eye(n, dtype=root.dtype)
         return weights, root, jsl.solve_triangular(root, identity, lower=True)
 
-    parts = [_Part(p.parents, p.columns, *jax.lax.map(one, p)) for p in pattern.parts]
-    return SparseFactor(tuple(parts), pattern.order, pattern.size)
+    def of_part(nodes: Supernodes, part: _Part):
+        def body(i, arrays):
+            new = one(jax.tree.map(lambda x: x[i], nodes))
+            return tuple(a.at[i].set(x) for a, x in zip(arrays, new))
+
+        num = jnp.where(anew, len(nodes.number), 0)
+        arrays = part.weights, part.cholesky, part.inverse
+        arrays = jax.lax.fori_loop(0, num, body, arrays)
+        return _Part(part.parents, part.columns, *arrays)
+
+    parts = tuple(map(of_part, pattern.parts, before.parts))
+    return SparseFactor(parts, pattern.order, pattern.size)
 
 
 #

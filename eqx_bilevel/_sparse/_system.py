@@ -96,19 +96,20 @@ class SparseCholesky(AbstractSystem):
         before, start = last
         nugget = jnp.maximum(jitter, _LEAST_NUGGET)
         priors = self._priors(problem, linearised, nugget)
-        prior = jax.lax.cond(
-            before.nugget == nugget,
-            lambda: before.prior,
-            lambda: self._factors(priors),
-        )
+        old = before.nugget != nugget
+        prior = {
+            n: factorise(p, self.plan.patterns[n], before.prior[n], old)
+            for n, p in priors.items()
+        }
         # This is no more than a preconditioner: it need not follow every step.
         jacobians = linearised.jacobians
-        old = before.nugget != nugget
-        small, seen = jax.lax.cond(
-            old | (_distance(before.jacobians, jacobians) > _NEAR),
-            lambda: (self._small(problem, linearised, jitter), jacobians),
-            lambda: (before.conditions, before.jacobians),
-        )
+        far = old | (_distance(before.jacobians, jacobians) > _NEAR)
+        gamma = noise_variances(problem, jitter)
+        of_conditions = self.plan.conditions.prior(problem, linearised, gamma)
+        pattern = self.plan.conditions.pattern
+        small = factorise(of_conditions, pattern, before.conditions, far)
+        which = lambda new, last: jnp.where(far, new, last)
+        seen = jax.tree.map(which, jacobians, before.jacobians)
         factor = _Factor(prior, small, seen, nugget)
         changes = lambda w: self._changes(problem, linearised, factor, w)
         iteration = self._iteration(problem, linearised, jitter, factor)
@@ -226,14 +227,6 @@ class SparseCholesky(AbstractSystem):
 
     def _priors(self, problem, linearised: Linearised, nugget) -> dict[str, Prior]:
         return self.plan.priors(problem, linearised.jacobians, nugget)
-
-    def _factors(self, priors: Mapping[str, Prior]) -> dict[str, SparseFactor]:
-        return {n: factorise(p, self.plan.patterns[n]) for n, p in priors.items()}
-
-    def _small(self, problem, linearised: Linearised, jitter) -> SparseFactor:
-        gamma = noise_variances(problem, jitter)
-        prior = self.plan.conditions.prior(problem, linearised, gamma)
-        return factorise(prior, self.plan.conditions.pattern)
 
     def _precondition(self, factor: "_Factor", vector):
         order, inverse = self.plan.conditions.order, self.plan.conditions.inverse
