@@ -15,11 +15,12 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from ._ahead import jit, placed_alike
+from ._ahead import placed_alike
 from ._checks import all_finite, problem_with, sanitised
 from ._condition import Condition, learned_in
 from ._gauss_newton import GaussNewton
 from ._hypergradient import differentiable
+from ._jit import jit
 from ._linearised import prior_z
 from ._objectives import (
     AbstractLeastSquaresObjective,

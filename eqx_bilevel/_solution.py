@@ -13,7 +13,6 @@ import wadler_lindig as wl
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from ._adjoint import without_gradient
-from ._ahead import jit
 from ._closure import function_as_pytree
 from ._determinant import log_determinant
 from ._geometry import as_key
@@ -26,6 +25,7 @@ from ._jets import (
     Trace,
     trace,
 )
+from ._jit import jit
 from ._left_out import Errors, folds_of, left_out, predicted, rows_of
 from ._linearised import block_product, curvatures, Linearised, noise
 from ._parameters import unwrap

@@ -10,10 +10,10 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._adjoint import FixedPointAdjoint, FrozenAdjoint, without_gradient
-from ._ahead import jit
 from ._checks import check_num_steps, check_solver, checked, checked_initial, sanitised
 from ._condition import Condition, GaussianProcess
 from ._gauss_newton import GaussNewton, Root
+from ._jit import jit
 from ._linear_solver import with_system
 from ._linearised import linearise, noise, noise_variances, prior_z
 from ._parameters import unwrap

@@ -13,11 +13,11 @@ import wadler_lindig as wl
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from ._adjoint import FixedPointAdjoint, without_gradient
-from ._ahead import jit
 from ._checks import all_finite, check_num_steps, check_solver, checked, sanitised
 from ._closure import function_as_pytree
 from ._condition import Condition, GaussianProcess, is_concrete
 from ._gauss_newton import GaussNewton
+from ._jit import jit
 from ._linearised import noise, prior_z
 from ._parameters import unwrap
 from ._pretty import named_doc

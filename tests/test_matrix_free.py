@@ -8,7 +8,7 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from eqx_bilevel import _ahead
+from eqx_bilevel import _jit
 from eqx_bilevel._conjugate_gradients import ConjugateGradients
 from eqx_bilevel._gram import covariance, Noise
 from eqx_bilevel._low_rank import low_rank
@@ -276,11 +276,11 @@ def test_devices_share_it():
 def test_options_of_the_compiler(monkeypatch):
     # Only at the outermost level, and only where XLA knows them.
     same = np.testing.assert_array_equal
-    monkeypatch.setattr(_ahead, "_FEWER_MODULES", {"xla_no_such_option": True})
-    program, x = _ahead.jit(lambda system, x: 2 * x), jnp.arange(3.0)
-    monkeypatch.setattr(_ahead, "_are_options", _ahead._are_options.__wrapped__)
+    monkeypatch.setattr(_jit, "_FEWER_MODULES", {"xla_no_such_option": True})
+    program, x = _jit.jit(lambda system, x: 2 * x), jnp.arange(3.0)
+    monkeypatch.setattr(_jit, "_are_options", _jit._are_options.__wrapped__)
     same(program(eb.MatrixFree(), x), 2 * x)
-    monkeypatch.setattr(_ahead, "_are_options", lambda: True)
+    monkeypatch.setattr(_jit, "_are_options", lambda: True)
     same(program(lx.Cholesky(), x), 2 * x)
     one = jnp.ones(())
     within = lambda x: program(eb.MatrixFree(), x)
@@ -296,4 +296,4 @@ def test_options_of_the_compiler(monkeypatch):
 
 @pytest.mark.parametrize("solver", (eb.MatrixFree(), eb.SparseCholesky()))
 def test_options_that_there_are(solver):
-    assert _ahead._are_options() and solver.small_operations
+    assert _jit._are_options() and solver.small_operations
