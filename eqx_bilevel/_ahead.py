@@ -7,7 +7,7 @@ import contextlib
 import functools as ft
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from jax.sharding import Sharding
 from jaxtyping import PRNGKeyArray, PyTree
 from threadpoolctl import threadpool_limits
 
-from ._condition import is_concrete
+from ._condition import Condition, is_concrete
 
 
 @contextlib.contextmanager
@@ -90,13 +90,13 @@ _MOST_FOR_ONE_THREAD = 2000
 
 
 def free_cores(
-    num_conditions: int, compiling: bool = True
+    conditions: Sequence[Condition], compiling: bool = True
 ) -> contextlib.AbstractContextManager:
     # OpenBLAS's threads wait in busy loops, and take the cores from the compiler; and
     # from programs, where there are few.
     needed = compiling or (os.cpu_count() or 1) <= 2
-    limit = 1 if needed and num_conditions <= _MOST_FOR_ONE_THREAD else None
-    return threadpool_limits(limit, user_api="blas")
+    few = sum(c.num_targets for c in conditions) <= _MOST_FOR_ONE_THREAD
+    return threadpool_limits(1 if needed and few else None, user_api="blas")
 
 
 def compiling(thread: Executor, program: Callable, *args: Any) -> Future:

@@ -13,12 +13,11 @@ import numpy as np
 import wadler_lindig as wl
 
 from ._code import (
-    attribute,
+    attributes,
     globals_of,
     has_attributes,
     is_library,
     is_opaque,
-    MISSING,
     Uses,
 )
 from ._pretty import named_doc
@@ -234,11 +233,7 @@ def _content(x: Any, inside: tuple = ()) -> Any:
 
 
 def _owner(x: Any, inside: tuple, uses: Uses):
-    read = {}
-    for name in uses.read:
-        value = attribute(x, name)
-        if value is not MISSING and not _is_method(x, name, value):
-            read[name] = value
+    read = attributes(x, uses.read)
     # What a function changes has to be the very object.
     if len(read) == 0 or any(name in uses.changed for name in read):
         return x
@@ -246,8 +241,3 @@ def _owner(x: Any, inside: tuple, uses: Uses):
     by_identity = isinstance(x, type | types.ModuleType)
     original = _ByIdentity(x) if by_identity else _ByType(x)
     return Owner(_data(read, (*inside, x), uses), original, seen)
-
-
-def _is_method(x: Any, name: str, value: Any) -> bool:
-    own = not isinstance(x, type) and name in getattr(x, "__dict__", {})
-    return not own and hasattr(type(value), "__get__")

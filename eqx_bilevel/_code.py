@@ -41,15 +41,27 @@ def has_attributes(x: Any) -> bool:
     return x is cls or by_identity or dataclasses.is_dataclass(cls)
 
 
-MISSING = object()
+_MISSING = object()
 
 
-def attribute(x: Any, name: str) -> Any:
+def _attribute(x: Any, name: str) -> Any:
     # As it was written into the object or its class.
-    value = inspect.getattr_static(x, name, MISSING)
+    value = inspect.getattr_static(x, name, _MISSING)
     if isinstance(value, types.MemberDescriptorType):  # One of its `__slots__`.
-        return getattr(x, name, MISSING)
+        return getattr(x, name, _MISSING)
     return value
+
+
+def attributes(x: Any, names: Iterable[str]) -> dict[str, Any]:
+    # Those that it has, and that are no methods.
+    own = {} if isinstance(x, type) else getattr(x, "__dict__", {})
+    found = {name: _attribute(x, name) for name in names}
+    return {
+        name: value
+        for name, value in found.items()
+        if value is not _MISSING
+        and (name in own or not hasattr(type(value), "__get__"))
+    }
 
 
 # These make objects, or print them.
@@ -106,7 +118,7 @@ class Uses:
 
     def _add_attributes(self, owner: Any, names: Iterable[str]) -> None:
         for name in [*names]:
-            self._add_leaves(attribute(owner, name))
+            self._add_leaves(_attribute(owner, name))
 
     def _add_leaves(self, x: Any) -> None:
         if not is_opaque(x):

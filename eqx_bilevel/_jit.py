@@ -7,9 +7,8 @@ from typing import Any, cast
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
-from ._condition import is_concrete
+from ._parameters import is_traced
 from ._system import AbstractSystem
 
 
@@ -29,11 +28,6 @@ def _are_options() -> bool:
     return True
 
 
-def _is_traced(args: PyTree) -> bool:
-    # Also by what no argument depends on: then new arrays are traced as well.
-    return not all(map(is_concrete, jax.tree.leaves((args, jnp.zeros(())))))
-
-
 def jit(program: Callable) -> Callable:
     # As `eqx.filter_jit`, but for programs of many small operations.
     default = eqx.filter_jit(program)
@@ -44,8 +38,9 @@ def jit(program: Callable) -> Callable:
     def of(*args) -> Any:
         leaves = jax.tree.leaves(args, is_leaf=is_system)
         small = any(is_system(x) and x.small_operations for x in leaves)
-        # Programs within others have no options.
-        if small and not _is_traced(args) and _are_options():
+        # Programs within others have no options. There new arrays are traced, even if
+        # no argument is.
+        if small and not is_traced((args, jnp.zeros(()))) and _are_options():
             return fewer_modules
         return default
 

@@ -264,8 +264,7 @@ def learn(
             file.header()  # Raises if it is of another run.
     record = Record(objective, steps, verbose, callbacks)
     try:
-        num = sum(c.num_targets for c in conditions)
-        with free_cores(num, compiling=False):
+        with free_cores(conditions, compiling=False):
             learned = _learn(
                 prior,
                 conditions,
@@ -380,7 +379,7 @@ def _learn(
             header |= dict(seconds=record.seconds, found=record.outcome is not None)
             file.offer(header, (task.rest, stage, record.outcome))
 
-    with free_cores(sum(c.num_targets for c in conditions)):
+    with free_cores(conditions):
         with not_collecting():
             stage = first_stage(optimiser, theta, given, start)
             ahead = compile_ahead(optimiser, stage, given, key, limits.steps)

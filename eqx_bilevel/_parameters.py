@@ -379,13 +379,13 @@ def _stop_gradient(x: Any) -> Any:
     return lax.stop_gradient(x) if eqx.is_inexact_array(x) else x
 
 
-def _is_traced(x: Any) -> bool:
+def is_traced(x: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jtu.tree_leaves(x))
 
 
 # NumPy and not JAX, since under a trace JAX operations on concrete arrays are traced.
 def _concrete(value: Any) -> np.ndarray | None:
-    return None if _is_traced(value) else np.asarray(value)
+    return None if is_traced(value) else np.asarray(value)
 
 
 # Strongly typed: a weak dtype would change, and so recompile, at the first update.
@@ -428,7 +428,7 @@ def _show(x: np.ndarray) -> str:
 def _is_shown(x: Any) -> bool:
     return (
         eqx.is_inexact_array(x)
-        and not _is_traced(x)
+        and not is_traced(x)
         and not (isinstance(x, jax.Array) and x.is_deleted())
         and x.size <= _MAX_SHOWN
     )

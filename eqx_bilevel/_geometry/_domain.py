@@ -10,14 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
 
-from ._sampling import (
-    as_count,
-    between,
-    check_method,
-    is_traced,
-    SEQUENCES,
-    unit_points,
-)
+from .._parameters import is_traced
+from ._sampling import as_count, between, check_method, SEQUENCES, unit_points
 
 
 _MAX_TRIED = 2**20

@@ -9,19 +9,16 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 import numpy as np
 import scipy.stats.qmc as qmc
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from .._parameters import is_traced
 
 
 Count: TypeAlias = int | tuple[int, ...]
 SEQUENCES = ("sobol", "halton", "random")
 METHODS = (*SEQUENCES, "grid")
-
-
-def is_traced(x: Any) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jtu.tree_leaves(x))
 
 
 _NO_GRID = (
