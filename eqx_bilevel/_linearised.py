@@ -3,6 +3,7 @@ some `z`, and what follows from the representer weights of a function.
 """
 
 import functools as ft
+import itertools as it
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._gram import Block, covariance_product, Noise
+from ._gram import Block, covariance_product, Noise, symmetric_product
 from ._jets import linearise as linearise_operator, nonlinear_part
 from ._problem import Problem, Rows
 
@@ -142,13 +143,26 @@ def z_functionals(problem: Problem) -> tuple[Block, ...]:
 
 
 def jet_changes(
-    problem: Problem, functionals: Sequence[Block], weights: Float[Array, " M"]
+    problem: Problem, jacobians: Sequence[Array], weights: Float[Array, " M"]
 ) -> list[Array]:
     # By how much the jets of `m + k functionals^T weights` differ from those of the
     # mean, at the points of each condition.
-    left = _jets(problem)
-    product = covariance_product(problem.kernels, left, functionals, weights)
-    return split_jets(problem, product)
+    at_points = transposed_jacobian_product(problem, jacobians, weights)
+    return own_jet_products(problem, at_points)
+
+
+def own_jet_products(problem: Problem, weights: Sequence[Array]) -> list[Array]:
+    # Jets of `k` times weights for the jets, which are zero where they are only read.
+    blocks, at_blocks = [], []
+    rows_and_weights = zip(problem.rows, weights)
+    for _, alike in it.groupby(rows_and_weights, lambda given: given[0].trace.jets):
+        rows, parts = zip(*alike)
+        blocks += _merge([r.jets for r in rows])
+        given = [p for r, p in zip(rows, parts) if not r.only_read]
+        at_blocks.append(jnp.concatenate([parts[0][:0], *given]))
+    return split_jets(
+        problem, flat(symmetric_product(problem.kernels, blocks, at_blocks))
+    )
 
 
 def jet_products(

@@ -13,10 +13,10 @@ from ._gram import covariance_product
 from ._linearised import (
     embed,
     jacobian_product,
-    jet_products,
     linearise,
     Linearised,
     noise_variances,
+    own_jet_products,
     prior_z,
     select,
 )
@@ -146,6 +146,6 @@ class _Posterior(AbstractPosterior):
     def _of_z(self, dz):
         # Covariances with the conditions and with z.
         problem = self.problem
-        jets = jet_products(problem, problem, embed(problem, dz))
+        jets = own_jet_products(problem, embed(problem, dz))
         applied = jacobian_product(problem, self.linearised.jacobians, jets)
         return applied, select(problem, jets)

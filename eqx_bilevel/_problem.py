@@ -333,8 +333,12 @@ def _sides(kernels, traces: Sequence[Trace], points: Sequence[Array]) -> list[di
 
 
 def row_order(traces: Sequence[Trace]) -> list[int]:
-    # Those with the same derivatives stand together, and share blocks.
-    key = lambda i: (traces[i].jets, traces[i].size, traces[i].nonlinear)
+    # Those with the same derivatives stand together, and share blocks: conditions
+    # before what is only read.
+    def key(i):
+        trace = traces[i]
+        return trace.jets, trace.size == 0, trace.size, trace.nonlinear
+
     return sorted(range(len(traces)), key=key)
 
 

@@ -219,7 +219,7 @@ class AbstractKernelSystem(AbstractSystem):
 
     def changes(self, problem, linearised, factor, weights):
         del factor
-        jets = jet_changes(problem, linearised.functionals, weights)
+        jets = jet_changes(problem, linearised.jacobians, weights)
         applied = jacobian_product(problem, linearised.jacobians, jets)
         return applied, select(problem, jets)
 

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import scipy.linalg
 from eqx_bilevel._gram import (
-    _blocks,
+    _products,
+    _sides,
     Block,
     covariance,
     covariance_product,
     dense,
     GramOperator,
     Noise,
+    symmetric_product,
     variances,
 )
 from eqx_bilevel._kernels import (
@@ -446,13 +448,64 @@ def test_chunks(at_once, getkey, monkeypatch):
     fn = lambda params: scalars(eqx.combine(params, static))
     run = lambda: jax.jit(lambda p: (fn(p), jax.jacrev(fn)(p)))(params)
     values, gradients = run()
-    monkeypatch.setattr(_blocks, "_PAIRS_AT_ONCE", at_once)
+    monkeypatch.setattr(_sides, "_PAIRS_AT_ONCE", at_once)
     assert "scan" in str(jax.make_jaxpr(fn)(params))
     chunked_values, chunked_gradients = run()
     np.testing.assert_allclose(chunked_values, values, rtol=1e-13)
     np.testing.assert_allclose(values[0], values[1], rtol=1e-13)
     for whole, chunked in zip(gradients, chunked_gradients):
         assert_close(ravel_pytree(chunked)[0], ravel_pytree(whole)[0], 1e-12)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    # What is for many points is for few.
+    for name, value in dict(_MANY=3, _TILE=3, _TILES=2).items():
+        monkeypatch.setattr(_products, name, value)
+
+
+# Conditions and points that are only read; tiles that are filled up, and that are not.
+@pytest.mark.parametrize("num", ((7, 5, 4), (6, 0, 4), (4, 3, 1), (0, 2, 0)))
+@pytest.mark.parametrize("devices", (1, 2))
+def test_each_pair_once(num, devices, few, getkey):
+    kernels = make("matern_3.5", 1)
+    blocks = _blocks_1d(getkey(), ((7, 1), (5, 2), (4, 1)))
+    read = jax.random.normal(getkey(), (21,))
+    given = [jax.random.normal(getkey(), (n, len(b.jets))) for n, b in zip(num, blocks)]
+
+    def by_matrix(kernels, blocks, given):
+        jets = [Block(b.points[: len(w)], None, b.jets) for b, w in zip(blocks, given)]
+        vector = jnp.concatenate([w.reshape(-1) for w in given])
+        return read @ covariance(kernels, blocks, jets) @ vector
+
+    def by_pairs(kernels, blocks, given):
+        products = symmetric_product(kernels, blocks, given)
+        return read @ jnp.concatenate([p.reshape(-1) for p in products])
+
+    params, static = eqx.partition((kernels, blocks, given), eqx.is_inexact_array)
+
+    def run(fn):
+        fn_of_params = lambda params: fn(*eqx.combine(params, static))
+        direction = jax.tree.map(
+            lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), params
+        )
+        value, slope = jax.jvp(fn_of_params, (params,), (direction,))
+        gradient, bent = jax.jvp(jax.grad(fn_of_params), (params,), (direction,))
+        return value, slope, ravel_pytree(gradient)[0], ravel_pytree(bent)[0]
+
+    auto = jax.sharding.AxisType.Auto
+    expected = jax.jit(lambda: run(by_matrix))()
+    with jax.set_mesh(jax.make_mesh((devices,), ("points",), axis_types=(auto,))):
+        found = jax.jit(lambda: run(by_pairs))()
+    for one, other in zip(found, expected):
+        assert_close(one, other, 1e-11)
+
+
+def test_half_of_the_pairs(few, getkey):
+    blocks = _blocks_1d(getkey(), ((12, 1),))
+    product = lambda v: covariance_product(make("user", 1), blocks, blocks, v)
+    # Four tiles of three points, and so ten pairs of tiles.
+    assert "length=10" in str(jax.make_jaxpr(product)(jnp.ones(12)))
 
 
 #

@@ -5,7 +5,9 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ._blocks import Block, covariance, covariance_product, Kernels, variances
+from ._blocks import covariance, variances
+from ._functionals import Block, Kernels
+from ._products import covariance_product
 
 
 class Noise(eqx.Module):

@@ -1,0 +1,179 @@
+"""What is computed for pairs of points: elementwise, with one array for each number."""
+
+import functools as ft
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from .._mesh import AXIS, num_shares
+from ._functionals import Block, by_unknown, Kernels, one_sides
+from ._pairs import pairs
+
+
+# Pairs of points that are treated at once: enough to keep the cores busy, few enough to
+# stay in their caches.
+_PAIRS_AT_ONCE = 2**16
+
+
+class Side(eqx.Module):
+    # What can be computed point by point: once, outside all loops over pairs. And
+    # weights of the entries of the jets there, or none.
+    given: list[Float[Array, "*batch n _"]]  # each leaf of a tree, flattened
+    weights: Float[Array, "*batch n p"] | None
+    treedef: Any = eqx.field(static=True)
+    shapes: list[tuple[int, ...]] = eqx.field(static=True)
+
+    @property
+    def size(self) -> int:
+        return self.given[0].shape[0]
+
+    def __getitem__(self, index) -> "Side":
+        return jax.tree.map(lambda x: x[index], self)
+
+    def reshape(self, *shape: int) -> "Side":
+        return jax.tree.map(lambda x: x.reshape(*shape, x.shape[-1]), self)
+
+    def padded(self, size: int) -> "Side":
+        # With copies of the last point, without weight.
+        rows = ((0, size - self.size), (0, 0))
+        given = [jnp.pad(x, rows, mode="edge") for x in self.given]
+        weights = None if self.weights is None else jnp.pad(self.weights, rows)
+        return Side(given, weights, self.treedef, self.shapes)
+
+    def weighted(self, factor: Float[Array, ""]) -> "Side":
+        assert self.weights is not None
+        return Side(self.given, factor * self.weights, self.treedef, self.shapes)
+
+    def numbers(self, along: Callable[[Array], Array] = lambda x: x) -> Any:
+        # As NumPy arrays of JAX arrays: one for each number, all of the same shape, so
+        # that everything is done elementwise. Anything else would keep the compiler
+        # from making one loop of it, above all in reverse mode.
+        def each(array):
+            out = np.empty(array.shape[1], object)
+            for i, number in enumerate(array.T):
+                out[i] = along(number)
+            return out
+
+        leaves = [each(x).reshape(shape) for x, shape in zip(self.given, self.shapes)]
+        weights = None if self.weights is None else each(self.weights)
+        return *jtu.tree_unflatten(self.treedef, leaves), weights
+
+
+def side_of(kernels: Kernels, block: Block, weights: Array | None = None) -> Side:
+    sides = block.sides
+    if sides is None:
+        sides = one_sides(kernels, block.jets, block.points)
+    n = block.points.shape[0]
+    leaves, treedef = jtu.tree_flatten((sides, block.coefficients))
+    shapes = [leaf.shape[1:] for leaf in leaves]
+    flat = [leaf.reshape(n, math.prod(s)) for leaf, s in zip(leaves, shapes)]
+    return Side(flat, weights, treedef, shapes)
+
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _spread(x: Float[Array, " n"], m: int, axis: int) -> Float[Array, "..."]:
+    # Along a new axis. Reverse mode has a product with ones: XLA on CPUs hands other
+    # sums to a library that does one operation at a time, which keeps it from making
+    # one loop of everything.
+    shape = (x.shape[0], m) if axis == 1 else (m, x.shape[0])
+    return jax.lax.broadcast_in_dim(x, shape, (1 - axis,))
+
+
+@_spread.defjvp
+def _(m: int, axis: int, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    ones = jnp.ones(m, x.dtype)
+    pair = (dx[:, None], ones[None]) if axis == 1 else (ones[:, None], dx[None])
+    return _spread(x, m, axis), jax.lax.dot(*pair)
+
+
+def tables(kernels: Kernels, left: Block, right: Block, left_sides, right_sides):
+    # Covariances of entries of the jets at pairs of points: (i, {j: covariance}).
+    others = by_unknown(right.jets)
+    for name, indices in by_unknown(left.jets).items():
+        if name in others:
+            table = pairs(
+                kernels[name],
+                tuple(indices),
+                tuple(others[name]),
+                left_sides[name],
+                right_sides[name],
+            )
+            for a, i in indices.items():
+                yield i, {j: table[a, b] for b, j in others[name].items()}
+
+
+def column(coefficients, i: int) -> list[tuple[int, Any]]:
+    # Which functionals have entry `i` of the jet, and with which coefficients.
+    return [(i, 1)] if coefficients is None else list(enumerate(coefficients[:, i]))
+
+
+def by_rows(
+    fn: Callable,
+    kernels: Kernels,
+    left: Side,
+    right: Side,
+    struct: PyTree[jax.ShapeDtypeStruct],
+    least: int = 1,
+) -> tuple[PyTree[Array], PyTree[Array]]:
+    # `fn(kernels, shape, here, others)` for all pairs, in chunks of points on the left,
+    # of which nothing is kept for reverse mode: what it returns for each point on the
+    # left, and what is to be added up over them, of which this is the `struct`. There
+    # are at least so many chunks, if there are points. A mesh of devices shares them.
+    n, shares = left.size, num_shares()
+    if shares == 1:
+        return _by_chunks(fn, kernels, left, right, struct, least)
+    size = -(-n // shares)
+    left = left.padded(size * shares)
+    arrays, static = eqx.partition((kernels, left, right), eqx.is_array)
+
+    def on_one_device(arrays):
+        kernels, left, right = eqx.combine(arrays, static)
+        start = size * jax.lax.axis_index(AXIS)
+        mine = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size)
+        whole = lambda x: jax.lax.all_gather(x, AXIS, tiled=True)
+        left = jax.tree.map(mine, left)
+        for_each, totals = _by_chunks(fn, kernels, left, right, struct, least)
+        return jax.tree.map(whole, for_each), jax.lax.psum(totals, AXIS)
+
+    replicated = jax.sharding.PartitionSpec()
+    everywhere = jax.shard_map(
+        on_one_device, in_specs=replicated, out_specs=replicated, check_vma=False
+    )
+    for_each, totals = everywhere(arrays)
+    return jax.tree.map(lambda x: x[:n], for_each), totals
+
+
+def _by_chunks(fn, kernels, left: Side, right: Side, struct, least: int):
+    n, m = left.size, right.size
+
+    def of_rows(rows: Side):
+        size = rows.size
+        here = rows.numbers(lambda x: _spread(x, m, 1))
+        others = right.numbers(lambda y: _spread(y, size, 0))
+        return fn(kernels, (size, m), here, others)
+
+    most = max(1, min(_PAIRS_AT_ONCE // max(1, m), n // least))
+    if n <= most:
+        return of_rows(left)
+    # Without a remainder, if possible.
+    divisors = (s for s in range(most, most // 2, -1) if n % s == 0)
+    size = next(divisors, -(-n // -(-n // most)))
+    chunks = -(-n // size)
+
+    def step(totals, rows: Side):
+        for_each, more = jax.checkpoint(of_rows)(rows)
+        return jax.tree.map(jnp.add, totals, more), for_each
+
+    rows = left.padded(chunks * size).reshape(chunks, size)
+    totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), struct)
+    totals, for_each = jax.lax.scan(step, totals, rows)
+    join = lambda x: x.reshape(chunks * size, *x.shape[2:])[:n]
+    return jax.tree.map(join, for_each), totals
