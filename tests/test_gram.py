@@ -471,12 +471,15 @@ def test_each_pair_once(num, devices, few, getkey):
     kernels = make("matern_3.5", 1)
     blocks = _blocks_1d(getkey(), ((7, 1), (5, 2), (4, 1)))
     read = jax.random.normal(getkey(), (21,))
-    given = [jax.random.normal(getkey(), (n, len(b.jets))) for n, b in zip(num, blocks)]
+    given = [jax.random.normal(getkey(), (n, b.at_each)) for n, b in zip(num, blocks)]
 
     def by_matrix(kernels, blocks, given):
-        jets = [Block(b.points[: len(w)], None, b.jets) for b, w in zip(blocks, given)]
+        some = [
+            Block(b.points[: len(w)], b.coefficients[: len(w)], b.jets)
+            for b, w in zip(blocks, given)
+        ]
         vector = jnp.concatenate([w.reshape(-1) for w in given])
-        return read @ covariance(kernels, blocks, jets) @ vector
+        return read @ covariance(kernels, blocks, some) @ vector
 
     def by_pairs(kernels, blocks, given):
         products = symmetric_product(kernels, blocks, given)

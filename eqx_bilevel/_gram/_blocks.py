@@ -7,26 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._functionals import Block, Kernels
-from ._sides import by_rows, column, side_of, tables
-
-
-def _covariances(kernels: Kernels, left: Block, right: Block, shape, *numbers):
-    # The `q` times `r` covariances of the functionals, at pairs of points.
-    (left_sides, coefficients, _), (right_sides, other_coefficients, _) = numbers
-    zero = jnp.zeros(shape, left.points.dtype)
-    total = [[zero] * right.at_each for _ in range(left.at_each)]
-    for i, row in tables(kernels, left, right, left_sides, right_sides):
-        combined = [zero] * right.at_each
-        for j, entry in row.items():
-            for r, d in column(other_coefficients, j):
-                combined[r] = combined[r] + d * entry
-        for q, c in column(coefficients, i):
-            total[q] = [t + c * x for t, x in zip(total[q], combined)]
-    return total
+from ._sides import at_pairs, by_rows, covariances, side_of
 
 
 def _block_matrix(kernels: Kernels, left: Block, right: Block) -> Float[Array, "l r"]:
-    fn = lambda kernels, *at: (_covariances(kernels, left, right, *at), ())
+    fn = lambda kernels, *at: (at_pairs(kernels, left, right, *at), ())
     sides = side_of(kernels, left), side_of(kernels, right)
     out, _ = by_rows(fn, kernels, *sides, struct=())
     out = jnp.stack([jnp.stack(row, axis=-1) for row in out], axis=1)  # (n, q, m, r)
@@ -64,7 +49,7 @@ def variances(kernels: Kernels, blocks: Sequence[Block]) -> Float[Array, " m"]:
             continue
         numbers = side_of(kernels, block).numbers()
         shape = block.points.shape[:1]
-        table = _covariances(kernels, block, block, shape, numbers, numbers)
+        table = covariances(kernels, block, block, shape, numbers, numbers)
         each = [row[q] for q, row in enumerate(table)]
         out.append(jnp.stack(each, axis=1).reshape(block.size))
     return jnp.concatenate(out)

@@ -1,4 +1,5 @@
-"""Covariances of functionals times a vector, without ever having the matrix.
+"""Covariances of functionals times a vector, without ever having the matrix, in reverse
+mode neither.
 
 Of functionals with themselves, each pair of points is computed once, and contributes to
 both of its points.
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ._functionals import Block, Kernels
-from ._sides import by_rows, column, Side, side_of, tables
+from ._sides import at_pairs, by_rows, Side, side_of, weighted
 
 
 def covariance_product(
@@ -22,8 +23,7 @@ def covariance_product(
     right: Sequence[Block],
     vector: Float[Array, " r"],
 ) -> Float[Array, " l"]:
-    # `covariance(...) @ vector`, without ever having the matrix, in reverse mode
-    # neither.
+    # `covariance(...) @ vector`.
     ends = np.cumsum([block.size for block in right])
     parts = jnp.split(vector, ends[:-1])
     weights = [_at_points(block, part) for block, part in zip(right, parts)]
@@ -39,14 +39,8 @@ def covariance_product(
     return jnp.concatenate([_sums(*given) for given in zip(left, products)])
 
 
-def _at_points(block: Block, vector: Float[Array, " r"]) -> Float[Array, "n p"]:
-    # Weights of the entries of the jets, in place of functionals.
-    weights = vector.reshape(-1, block.at_each)
-    if block.sum_over > 1:
-        weights = jnp.repeat(weights, block.sum_over, axis=0)
-    if block.coefficients is None:
-        return weights
-    return jnp.einsum("nq,nqp->np", weights, block.coefficients)
+def _at_points(block: Block, vector: Float[Array, " r"]) -> Float[Array, "n q"]:
+    return jnp.repeat(vector.reshape(-1, block.at_each), block.sum_over, axis=0)
 
 
 def _sums(block: Block, product: Float[Array, "n q"]) -> Float[Array, " l"]:
@@ -59,11 +53,13 @@ def _products(
     kernels: Kernels, a: Block, b: Block, left: Side, right: Side, least: int = 1
 ) -> tuple[Float[Array, "n q"], Float[Array, "m r"]]:
     # Of the functionals on each side with what has a weight on the other one.
-    def fn(kernels, shape, here, others):
-        to_left, to_right = _of_pairs(kernels, a, b, shape, here, others)
-        # By products: XLA on CPUs does other sums one operation at a time.
-        ones = [jnp.ones(size, a.points.dtype) for size in shape]
-        return [x @ ones[1] for x in to_left], [ones[0] @ x for x in to_right]
+    def fn(kernels, rows: Side, columns: Side):
+        matrices = at_pairs(kernels, a, b, rows, columns)
+        v, w = columns.weights.T, rows.weights
+        to_left = [weighted(row, v, 1) for row in matrices]
+        if w is None:
+            return to_left, []
+        return to_left, [weighted(column, w.T, 0) for column in zip(*matrices)]
 
     num, dtype = 0 if left.weights is None else b.at_each, a.points.dtype
     struct = [jax.ShapeDtypeStruct((right.size,), dtype)] * num
@@ -72,34 +68,11 @@ def _products(
     return join(to_left, left.size), join(to_right, right.size)
 
 
-def _of_pairs(kernels: Kernels, left: Block, right: Block, shape, here, others):
-    # For each pair of points, what its covariances contribute to both.
-    sides, coefficients, weights = here
-    other_sides, other_coefficients, other_weights = others
-    zero = jnp.zeros(shape, left.points.dtype)
-    to_left, to_right = [zero] * left.at_each, [zero] * right.at_each
-    across = [zero] * len(right.jets)
-    for i, row in tables(kernels, left, right, sides, other_sides):
-        combined = sum(other_weights[j] * entry for j, entry in row.items())
-        for q, c in column(coefficients, i):
-            to_left[q] = to_left[q] + c * combined
-        if weights is not None:
-            for j, entry in row.items():
-                across[j] = across[j] + weights[i] * entry
-    if weights is None:
-        return to_left, []
-    for j, combined in enumerate(across):
-        for r, c in column(other_coefficients, j):
-            to_right[r] = to_right[r] + c * combined
-    return to_left, to_right
-
-
 #
 # Of functionals with themselves
 #
 
-# Points in a tile, at most; there are at least so many tiles. Points of the same tile
-# meet twice.
+# Points in a tile, at most; there are at least so many tiles.
 _TILE = 512
 _TILES = 4
 # With fewer points the gain is too small for a larger program.
@@ -109,8 +82,8 @@ _MANY = 500
 def symmetric_product(
     kernels: Kernels, blocks: Sequence[Block], weights: Sequence[Float[Array, "_ _"]]
 ) -> list[Float[Array, "_ _"]]:
-    # `covariance(kernels, blocks, blocks)` times weights of the entries of the jets at
-    # each block's first `m` points. At the others there are none: these are only read.
+    # `covariance(kernels, blocks, blocks)` times weights of functionals at the first
+    # points of each block. At the others there are none: these are only read.
     num = [len(w) for w in weights]
     sides = []
     for block, w in zip(blocks, weights):
@@ -131,21 +104,25 @@ def symmetric_product(
 def _within(
     kernels: Kernels, block: Block, side: Side, num: int
 ) -> Float[Array, "n q"]:
-    rest = side.size - num
     if num < _MANY:
         read = dataclasses.replace(side, weights=None)
         return _products(kernels, block, block, read, side[:num])[0]
-    with_weight = max(_TILES, -(-num // _TILE))
-    size = -(-num // with_weight)
-    only_read = -(-rest // size)
-    parts = side[:num].padded(with_weight * size), side[num:].padded(only_read * size)
+    first = max(_TILES, -(-num // _TILE))
+    size = -(-num // first)
+    rest = -(-(side.size - num) // size)
+    parts = side[:num].padded(first * size), side[num:].padded(rest * size)
     tiles = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    tiles = tiles.reshape(with_weight + only_read, size)
+    tiles = tiles.reshape(first + rest, size)
+    # Each tile with those after it, and what is only read with all that have weights.
+    among, read = np.triu_indices(first), np.indices((rest, first)).reshape(2, -1)
+    lefts = jnp.concatenate([among[0], read[0] + first])
+    rights = jnp.concatenate([among[1], read[1]])
 
     @jax.checkpoint
     def products(i, j):
+        # Points of the same tile meet twice.
         share = jnp.where(i == j, 0.5, 1.0).astype(block.points.dtype)
-        left, right = tiles[i].weighted(share), tiles[j].weighted(share)
+        left, right = tiles[i].times(share), tiles[j].times(share)
         # In several chunks, since with one the compiler would read each number of the
         # points on the right out of `tiles` for each pair.
         return _products(kernels, block, block, left, right, 2)
@@ -155,9 +132,7 @@ def _within(
         to_left, to_right = products(i, j)
         return total.at[i].add(to_left).at[j].add(to_right), None
 
-    above = np.triu_indices(with_weight)
-    below = np.indices((only_read, with_weight)).reshape(2, -1) + [[with_weight], [0]]
-    pairs = jnp.concatenate([jnp.array(above), jnp.array(below)], axis=1)
-    total = jnp.zeros((tiles.size, size, block.at_each), block.points.dtype)
-    total = jax.lax.scan(step, total, tuple(pairs))[0].reshape(-1, block.at_each)
-    return jnp.concatenate([total[:num], total[with_weight * size :][:rest]])
+    total = jnp.zeros((first + rest, size, block.at_each), block.points.dtype)
+    total, _ = jax.lax.scan(step, total, (lefts, rights))
+    total = total.reshape(-1, block.at_each)
+    return jnp.concatenate([total[:num], total[first * size :][: side.size - num]])
