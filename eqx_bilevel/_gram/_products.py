@@ -55,11 +55,11 @@ def _products(
     # Of the functionals on each side with what has a weight on the other one.
     def fn(kernels, rows: Side, columns: Side):
         matrices = at_pairs(kernels, a, b, rows, columns)
-        v, w = columns.weights.T, rows.weights
-        to_left = [weighted(row, v, 1) for row in matrices]
-        if w is None:
+        assert columns.weights is not None
+        to_left = [weighted(row, columns.weights.T, 1) for row in matrices]
+        if rows.weights is None:
             return to_left, []
-        return to_left, [weighted(column, w.T, 0) for column in zip(*matrices)]
+        return to_left, [weighted(c, rows.weights.T, 0) for c in zip(*matrices)]
 
     num, dtype = 0 if left.weights is None else b.at_each, a.points.dtype
     struct = [jax.ShapeDtypeStruct((right.size,), dtype)] * num

@@ -101,7 +101,7 @@ def weighted(
     # factors in the derivative the other way round, the loops that XLA makes of it take
     # a fifth more time.)
     each = [x @ w if axis == 1 else w @ x for x, w in zip(matrices, weights)]
-    return sum(each[1:], each[0])
+    return ft.reduce(jnp.add, each)
 
 
 @ft.partial(weighted.defjvp, symbolic_zeros=True)
