@@ -153,16 +153,13 @@ def jet_changes(
 
 def own_jet_products(problem: Problem, weights: Sequence[Array]) -> list[Array]:
     # Jets of `k` times weights for the jets, which are zero where they are only read.
-    blocks, at_blocks = [], []
-    rows_and_weights = zip(problem.rows, weights)
-    for _, alike in it.groupby(rows_and_weights, lambda given: given[0].trace.jets):
-        rows, parts = zip(*alike)
-        blocks += _merge([r.jets for r in rows])
-        given = [p for r, p in zip(rows, parts) if not r.only_read]
-        at_blocks.append(jnp.concatenate([parts[0][:0], *given]))
-    return split_jets(
-        problem, flat(symmetric_product(problem.kernels, blocks, at_blocks))
-    )
+    rows = problem.rows
+    parts = [w[:0] if r.only_read else w for r, w in zip(rows, weights)]
+    # Row by row as `_jets` has them in blocks.
+    by_block = it.groupby(zip(rows, parts), lambda given: given[0].trace.jets)
+    joined = [jnp.concatenate([w for _, w in alike]) for _, alike in by_block]
+    products = symmetric_product(problem.kernels, _jets(problem), joined)
+    return split_jets(problem, flat(products))
 
 
 def jet_products(
