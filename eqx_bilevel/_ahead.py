@@ -6,8 +6,7 @@ XLA needs no Python: while it compiles one program, the next one can be traced.
 import contextlib
 import functools as ft
 import gc
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from typing import Any, cast
 
@@ -16,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import PRNGKeyArray, PyTree
-from threadpoolctl import threadpool_limits
 
-from ._condition import Condition, is_concrete
+from ._condition import is_concrete
 
 
 @contextlib.contextmanager
@@ -83,20 +81,6 @@ def placed_alike(program: Callable) -> Callable:
 
     cast(Any, call).lower = cast(Any, program).lower
     return call
-
-
-# With more conditions factorisations take longer than all else on one thread.
-_MOST_FOR_ONE_THREAD = 2000
-
-
-def free_cores(
-    conditions: Sequence[Condition], compiling: bool = True
-) -> contextlib.AbstractContextManager:
-    # OpenBLAS's threads wait in busy loops, and take the cores from the compiler; and
-    # from programs, where there are few.
-    needed = compiling or (os.cpu_count() or 1) <= 2
-    few = sum(c.num_targets for c in conditions) <= _MOST_FOR_ONE_THREAD
-    return threadpool_limits(1 if needed and few else None, user_api="blas")
 
 
 def compiling(thread: Executor, program: Callable, *args: Any) -> Future:

@@ -16,7 +16,7 @@ import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray
 
 from ._adjoint import FixedPointAdjoint, FrozenAdjoint
-from ._ahead import free_cores, movable, not_collecting
+from ._ahead import movable, not_collecting
 from ._checkpoint import Checkpoint
 from ._checks import check_num_steps, checked, checked_initial, functions_as_pytrees
 from ._condition import Condition, GaussianProcess, is_concrete
@@ -53,6 +53,7 @@ from ._scale import are_apart, has_scale, search_scale, Tried
 from ._solution import Solution
 from ._solve import solve
 from ._subset import restored, thinned
+from ._threads import free_cores
 
 
 class Learned(eqx.Module):
@@ -379,7 +380,7 @@ def _learn(
             header |= dict(seconds=record.seconds, found=record.outcome is not None)
             file.offer(header, (task.rest, stage, record.outcome))
 
-    with free_cores(conditions):
+    with free_cores(conditions, compiling=True):
         with not_collecting():
             stage = first_stage(optimiser, theta, given, start)
             ahead = compile_ahead(optimiser, stage, given, key, limits.steps)

@@ -4,10 +4,13 @@ A mesh with an axis called `points`, which the caller sets by `jax.set_mesh`, sh
 them; without one nothing changes.
 """
 
+from collections.abc import Callable
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 
 AXIS = "points"
@@ -16,6 +19,20 @@ AXIS = "points"
 def num_shares() -> int:
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[AXIS] if AXIS in mesh.axis_names else 1
+
+
+def on_each(fn: Callable[..., PyTree[Array]], *args: PyTree) -> PyTree[Array]:
+    # `fn(which, *args)` on each device, where all of `args` are. `which` is the number
+    # of its share. All must return the same.
+    arrays, static = eqx.partition(args, eqx.is_array)
+
+    def on_one_device(arrays):
+        return fn(jax.lax.axis_index(AXIS), *eqx.combine(arrays, static))
+
+    everywhere = PartitionSpec()
+    return jax.shard_map(
+        on_one_device, in_specs=everywhere, out_specs=everywhere, check_vma=False
+    )(arrays)
 
 
 def padded(rows: Array) -> Array:

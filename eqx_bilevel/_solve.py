@@ -21,6 +21,7 @@ from ._problem import by_name, jets_of, Problem
 from ._results import RESULTS
 from ._solution import Solution
 from ._system import AbstractSystem
+from ._threads import free_cores
 
 
 def root_residual(root, problem):
@@ -88,7 +89,8 @@ def solve(
     prior, conditions = checked(prior, conditions)
     initial = checked_initial(initial, prior)
     solver = with_system(solver, prior, conditions)
-    return _solve(prior, conditions, solver, adjoint, initial, max_steps, throw)
+    with free_cores(conditions, compiling=False):
+        return _solve(prior, conditions, solver, adjoint, initial, max_steps, throw)
 
 
 @jit

@@ -26,6 +26,7 @@ from ._results import RESULTS
 from ._solution import Solution
 from ._solve import solve_problem
 from ._sparse import SparseCholesky
+from ._threads import free_cores
 
 
 class Windows(eqx.Module):
@@ -194,18 +195,19 @@ def solve_windows(
     if not (isinstance(axis, int) and 0 <= axis < dim):
         raise ValueError(f"`axis` must be a dimension below {dim}, got {axis}.")
     _check_times(conditions, position, length, axis)
-    return _solve_windows(
-        prior,
-        conditions,
-        position,
-        solver,
-        adjoint,
-        num_windows,
-        length,
-        axis,
-        max_steps,
-        throw,
-    )
+    with free_cores(conditions, compiling=False):
+        return _solve_windows(
+            prior,
+            conditions,
+            position,
+            solver,
+            adjoint,
+            num_windows,
+            length,
+            axis,
+            max_steps,
+            throw,
+        )
 
 
 def _checked_length(length: Any, dtype) -> Float[Array, ""]:

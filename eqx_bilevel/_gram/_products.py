@@ -6,6 +6,7 @@ both of its points.
 """
 
 import dataclasses
+import functools as ft
 from collections.abc import Sequence
 
 import jax
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._mesh import AXIS, num_shares, on_each
 from ._functionals import Block, Kernels
-from ._sides import at_pairs, by_rows, Side, side_of, weighted
+from ._sides import at_pairs, by_chunks, by_rows, Side, side_of, weighted
 
 
 def covariance_product(
@@ -50,7 +52,7 @@ def _sums(block: Block, product: Float[Array, "n q"]) -> Float[Array, " l"]:
 
 
 def _products(
-    kernels: Kernels, a: Block, b: Block, left: Side, right: Side, least: int = 1
+    kernels: Kernels, a: Block, b: Block, left: Side, right: Side, over=by_rows
 ) -> tuple[Float[Array, "n q"], Float[Array, "m r"]]:
     # Of the functionals on each side with what has a weight on the other one.
     def fn(kernels, rows: Side, columns: Side):
@@ -63,7 +65,7 @@ def _products(
 
     num, dtype = 0 if left.weights is None else b.at_each, a.points.dtype
     struct = [jax.ShapeDtypeStruct((right.size,), dtype)] * num
-    to_left, to_right = by_rows(fn, kernels, left, right, struct, least)
+    to_left, to_right = over(fn, kernels, left, right, struct)
     join = lambda x, n: jnp.stack(x, axis=1) if x else jnp.zeros((n, 0), dtype)
     return join(to_left, left.size), join(to_right, right.size)
 
@@ -115,24 +117,46 @@ def _within(
     tiles = tiles.reshape(first + rest, size)
     # Each tile with those after it, and what is only read with all that have weights.
     among, read = np.triu_indices(first), np.indices((rest, first)).reshape(2, -1)
-    lefts = jnp.concatenate([among[0], read[0] + first])
-    rights = jnp.concatenate([among[1], read[1]])
-
-    @jax.checkpoint
-    def products(i, j):
-        # Points of the same tile meet twice.
-        share = jnp.where(i == j, 0.5, 1.0).astype(block.points.dtype)
-        left, right = tiles[i].times(share), tiles[j].times(share)
-        # In several chunks, since with one the compiler would read each number of the
-        # points on the right out of `tiles` for each pair.
-        return _products(kernels, block, block, left, right, 2)
-
-    def step(total, pair):
-        i, j = pair
-        to_left, to_right = products(i, j)
-        return total.at[i].add(to_left).at[j].add(to_right), None
-
-    total = jnp.zeros((first + rest, size, block.at_each), block.points.dtype)
-    total, _ = jax.lax.scan(step, total, (lefts, rights))
+    lefts = np.concatenate([among[0], read[0] + first])
+    rights = np.concatenate([among[1], read[1]])
+    total = _over_tiles(kernels, block, tiles, lefts, rights)
     total = total.reshape(-1, block.at_each)
     return jnp.concatenate([total[:num], total[first * size :][: side.size - num]])
+
+
+def _over_tiles(
+    kernels: Kernels, block: Block, tiles: Side, lefts: np.ndarray, rights: np.ndarray
+) -> Float[Array, "t n q"]:
+    # The products of pairs of tiles, added up for each tile. A mesh of devices shares
+    # the pairs, so that devices wait for each other once. Those that are added, for all
+    # shares to be of the same size, do not count.
+    dtype, shares = block.points.dtype, num_shares()
+    add = -len(lefts) % shares
+    # Points of the same tile meet twice.
+    counts = np.pad(np.where(lefts == rights, 0.5, 1.0), (0, add))
+    pairs = (np.pad(lefts, (0, add)), np.pad(rights, (0, add)), counts.astype(dtype))
+    pairs = jax.tree.map(jnp.asarray, pairs)
+    # In several chunks, since with one the compiler would read each number of the
+    # points on the right out of `tiles` for each pair.
+    over = ft.partial(by_chunks, least=2)
+
+    def of_share(which, kernels, tiles: Side, pairs):
+        @jax.checkpoint
+        def products(i, j, count):
+            left, right = tiles[i].times(count), tiles[j].times(count)
+            return _products(kernels, block, block, left, right, over)
+
+        def step(total, pair):
+            i, j, count = pair
+            to_left, to_right = products(i, j, count)
+            return total.at[i].add(to_left).at[j].add(to_right), None
+
+        size = len(counts) // shares
+        mine = lambda x: jax.lax.dynamic_slice_in_dim(x, size * which, size)
+        total = jnp.zeros((*tiles.given[0].shape[:2], block.at_each), dtype)
+        return jax.lax.scan(step, total, jax.tree.map(mine, pairs))[0]
+
+    if shares == 1:
+        return of_share(0, kernels, tiles, pairs)
+    whole = lambda *args: jax.lax.psum(of_share(*args), AXIS)
+    return on_each(whole, kernels, tiles, pairs)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, PyTree
 
-from .._mesh import AXIS, num_shares
+from .._mesh import AXIS, num_shares, on_each
 from ._functionals import Block, by_unknown, Kernels, one_sides
 from ._pairs import pairs
 
@@ -172,6 +172,26 @@ def at_pairs(kernels: Kernels, left: Block, right: Block, rows: Side, columns: S
 
 
 def by_rows(
+    fn: Callable, kernels: Kernels, left: Side, right: Side, struct: PyTree
+) -> tuple[PyTree[Array], PyTree[Array]]:
+    # `by_chunks`, shared between the devices of a mesh.
+    n, shares = left.size, num_shares()
+    if shares == 1:
+        return by_chunks(fn, kernels, left, right, struct)
+    size = -(-n // shares)
+
+    def of_share(which, kernels, left: Side, right: Side):
+        mine = lambda x: jax.lax.dynamic_slice_in_dim(x, size * which, size)
+        whole = lambda x: jax.lax.all_gather(x, AXIS, tiled=True)
+        left = jax.tree.map(mine, left)
+        for_each, totals = by_chunks(fn, kernels, left, right, struct)
+        return jax.tree.map(whole, for_each), jax.lax.psum(totals, AXIS)
+
+    for_each, totals = on_each(of_share, kernels, left.padded(size * shares), right)
+    return jax.tree.map(lambda x: x[:n], for_each), totals
+
+
+def by_chunks(
     fn: Callable,
     kernels: Kernels,
     left: Side,
@@ -182,32 +202,7 @@ def by_rows(
     # `fn(kernels, rows, columns)` for all pairs, in chunks of points on the left, of
     # which nothing is kept for reverse mode: what it returns for each point on the
     # left, and what is to be added up over them, of which this is the `struct`. There
-    # are at least so many chunks, if there are points. A mesh of devices shares them.
-    n, shares = left.size, num_shares()
-    if shares == 1:
-        return _by_chunks(fn, kernels, left, right, struct, least)
-    size = -(-n // shares)
-    left = left.padded(size * shares)
-    arrays, static = eqx.partition((kernels, left, right), eqx.is_array)
-
-    def on_one_device(arrays):
-        kernels, left, right = eqx.combine(arrays, static)
-        start = size * jax.lax.axis_index(AXIS)
-        mine = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size)
-        whole = lambda x: jax.lax.all_gather(x, AXIS, tiled=True)
-        left = jax.tree.map(mine, left)
-        for_each, totals = _by_chunks(fn, kernels, left, right, struct, least)
-        return jax.tree.map(whole, for_each), jax.lax.psum(totals, AXIS)
-
-    replicated = jax.sharding.PartitionSpec()
-    everywhere = jax.shard_map(
-        on_one_device, in_specs=replicated, out_specs=replicated, check_vma=False
-    )
-    for_each, totals = everywhere(arrays)
-    return jax.tree.map(lambda x: x[:n], for_each), totals
-
-
-def _by_chunks(fn, kernels, left: Side, right: Side, struct, least: int):
+    # are at least so many chunks, if there are points.
     n, m = left.size, right.size
     of_rows = lambda rows: fn(kernels, rows, right)
     most = max(1, min(_PAIRS_AT_ONCE // max(1, m), n // least))
