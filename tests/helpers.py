@@ -22,6 +22,11 @@ import numpy as np
 import scipy.optimize
 
 
+def points_mesh(num: int):
+    # Whose devices share rows.
+    return jax.make_mesh((num,), ("points",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
 #
 # Jets
 #

@@ -38,6 +38,8 @@ from eqx_bilevel._kernels import (
 from eqx_bilevel._parameters import Frozen, unwrap
 from jax.flatten_util import ravel_pytree
 
+from .helpers import points_mesh
+
 
 #
 # The independent truth: derivatives of `kernel(x, y)` by nested automatic
@@ -496,9 +498,8 @@ def test_each_pair_once(num, devices, few, getkey):
         gradient, bent = jax.jvp(jax.grad(fn_of_params), (params,), (direction,))
         return value, slope, ravel_pytree(gradient)[0], ravel_pytree(bent)[0]
 
-    auto = jax.sharding.AxisType.Auto
     expected = jax.jit(lambda: run(by_matrix))()
-    with jax.set_mesh(jax.make_mesh((devices,), ("points",), axis_types=(auto,))):
+    with jax.set_mesh(points_mesh(devices)):
         found = jax.jit(lambda: run(by_pairs))()
     for one, other in zip(found, expected):
         assert_close(one, other, 1e-11)
@@ -509,6 +510,11 @@ def test_half_of_the_pairs(few, getkey):
     product = lambda v: covariance_product(make("user", 1), blocks, blocks, v)
     # Four tiles of three points, and so ten pairs of tiles.
     assert "length=10" in str(jax.make_jaxpr(product)(jnp.ones(12)))
+    # Devices share these. They wait for each other once, at the end.
+    with jax.set_mesh(points_mesh(2)):
+        program = str(jax.make_jaxpr(product)(jnp.ones(12)))
+    assert "length=5" in program
+    assert program.count("psum") == 1 and "all_gather" not in program
 
 
 #

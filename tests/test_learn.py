@@ -15,11 +15,13 @@ import optax
 import optimistix as optx
 import pytest
 import threadpoolctl
-from eqx_bilevel import _last_solve, _runs
+from eqx_bilevel import _last_solve, _runs, _solve
 from eqx_bilevel._checks import functions_as_pytrees
 from eqx_bilevel._kernels import fixed_numbers
 from eqx_bilevel._optimiser import as_optimiser
 from eqx_bilevel._scale import search_scale
+
+from .helpers import points_mesh
 
 
 def _exact(x):
@@ -682,6 +684,22 @@ def test_blas_leaves_the_cores_to_the_compiler(cores, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             eb.learn(*args, steps=2, scale_search=2, callback=interrupted)
         assert threads() == {2}
+
+
+@pytest.mark.parametrize("cores,expected", [(2, 1), (8, 4)])
+def test_blas_leaves_the_cores_to_other_devices(cores, expected, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    solve, seen = _solve._solve, []
+
+    def noted(*args):
+        seen.extend(lib["num_threads"] for lib in threadpoolctl.threadpool_info())
+        return solve(*args)
+
+    monkeypatch.setattr(_solve, "_solve", noted)
+    with threadpoolctl.threadpool_limits(8, user_api="blas"):
+        with jax.set_mesh(points_mesh(2)):
+            eb.solve(_prior(0.8), _conditions())
+    assert set(seen) == {expected}
 
 
 @pytest.mark.parametrize("optimiser", [None, optax.adam(0.1)])

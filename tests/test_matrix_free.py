@@ -12,9 +12,8 @@ from eqx_bilevel import _jit
 from eqx_bilevel._conjugate_gradients import ConjugateGradients
 from eqx_bilevel._gram import covariance, Noise
 from eqx_bilevel._low_rank import low_rank
-from eqx_bilevel._mesh import AXIS
 
-from .helpers import close
+from .helpers import close, points_mesh
 
 
 def sizes_in(jaxpr):
@@ -253,12 +252,10 @@ def test_arguments(arguments):
 
 
 def test_devices_share_it():
-    auto = jax.sharding.AxisType.Auto
-    mesh = jax.make_mesh((2,), (AXIS,), axis_types=(auto,))
     objective = lambda p: jnp.sum(solved(p)(TEST_POINTS)["u"] ** 2)
     fn = eqx.filter_jit(eqx.filter_value_and_grad(objective))
     known = fn(PARAMETERS)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(points_mesh(2)):
         found = fn(PARAMETERS)
         factor = solved(PARAMETERS)._factor
     assert np.isclose(found[0], known[0], rtol=1e-8)

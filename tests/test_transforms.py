@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from .helpers import burgers, central_difference, dot, moved, random_direction
+from .helpers import (
+    burgers,
+    central_difference,
+    dot,
+    moved,
+    points_mesh,
+    random_direction,
+)
 
 
 def _close(a, b, rtol=1e-8):
@@ -406,9 +413,7 @@ def test_rows_are_shared_between_devices():
 
     fn = eqx.filter_jit(eqx.filter_value_and_grad(objective))
     known = fn(theta)
-    auto = jax.sharding.AxisType.Auto
-    mesh = jax.make_mesh((2,), ("points",), axis_types=(auto,))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(points_mesh(2)):
         text = fn.lower(theta).as_text()
         found = fn(theta)
     assert "all_gather" in text
