@@ -6,7 +6,8 @@ then also goes through the factorisation. Both ways take one linearised step at 
 points with the same kernel. Each measurement runs in a process of its own, for its peak
 memory to be known, and is one line of JSON on standard output; a table goes to standard
 error. Here a step can be had in two forms: the gradient of a function that calls
-`solve`, as in a program of one's own, or a step of `learn`. Everything, or some of it:
+`solve`, as in a program of one's own (also with an option of the compiler), or a step
+of `learn`. Everything, or some of it:
 
     python benchmarks/hypergradient.py
     python benchmarks/hypergradient.py --case burgers --points 300
@@ -307,10 +308,15 @@ def published(case: Case, n: int, m: int):
 #
 
 
-def alone(fn: Callable, repeats: int) -> Callable:
+# See "Compile time" in docs/performance.md.
+FEWER_MODULES = {"xla_cpu_use_fusion_emitters": False}
+
+
+def alone(fn: Callable, repeats: int, compiler_options=None) -> Callable:
     def measured(*arguments) -> dict[str, Any]:
         loss, k = fn(*arguments)
-        step, compile_s = compiled(eqx.filter_value_and_grad(loss), k)
+        gradient = eqx.filter_value_and_grad(loss)
+        step, compile_s = compiled(gradient, k, compiler_options=compiler_options)
         (value, _), times = timed(step, k, repeats=repeats)
         return dict(objective=float(value), **times, compile_s=round(compile_s, 1))
 
@@ -321,6 +327,9 @@ ways: dict[str, Callable] = {
     "published": alone(published, 2),
     "frozen": alone(ft.partial(ours, eb.FrozenAdjoint()), 6),
     "implicit": alone(ft.partial(ours, eb.FixedPointAdjoint()), 6),
+    "frozen, less memory": alone(
+        ft.partial(ours, eb.FrozenAdjoint()), 6, FEWER_MODULES
+    ),
     "learn frozen": ft.partial(learning, "frozen"),
     "learn implicit": ft.partial(learning, "implicit"),
 }
@@ -344,7 +353,7 @@ largest_published = dict(burgers=300, deep=300, eikonal=300)
 
 def main(names, sizes):
     header = ("case", "points", "way", "a step", "compile", "memory")
-    print("{:13}{:>12}{:>16}{:>11}{:>10}{:>10}".format(*header), file=sys.stderr)
+    print("{:13}{:>12}{:>21}{:>11}{:>10}{:>10}".format(*header), file=sys.stderr)
     for name in names:
         for n in sizes:
             for way in ways:
@@ -354,7 +363,7 @@ def main(names, sizes):
                     __file__, "--case", name, "--points", n, "--way", way
                 )
                 print(
-                    f"{name:13}{f'{n} + {n // 3}':>12}{way:>16}{row['step_s']:9.3f} s"
+                    f"{name:13}{f'{n} + {n // 3}':>12}{way:>21}{row['step_s']:9.3f} s"
                     f"{row['compile_s']:8.1f} s{row['peak_mb']:7d} MB",
                     file=sys.stderr,
                     flush=True,

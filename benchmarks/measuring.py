@@ -12,10 +12,13 @@ import equinox as eqx
 import jax
 
 
-def compiled(fn: Callable, *arguments: Any) -> tuple[Any, float]:
+def compiled(
+    fn: Callable, *arguments: Any, compiler_options: dict[str, Any] | None = None
+) -> tuple[Any, float]:
     """A function, compiled, and the seconds that took."""
     start = time.perf_counter()
-    step = eqx.filter_jit(fn).lower(*arguments).compile()
+    jitted = eqx.filter_jit(fn, compiler_options=compiler_options)
+    step = jitted.lower(*arguments).compile()
     return step, time.perf_counter() - start
 
 

@@ -307,7 +307,7 @@ class DenseSystem(AbstractKernelSystem):
         del last
         gram = self.gram(problem, linearised, jitter)
         operator = dense(gram)
-        factor = self.linear_solver.init(operator, {})
+        factor = by_columns(self.linear_solver.init(operator, {}))
         solve = lambda b: gram_solve(operator, b, self.linear_solver, factor)
         rhs = linearised.rhs
         weights = solve(rhs)
@@ -354,6 +354,14 @@ def gram_solve(
 ) -> Float[Array, " M"]:
     # Differentiable in both by the rule for linear solves, and never through the
     # factorisation, which is given: `factor` is what `linear_solver` made of it.
+    state = by_columns(factor)
     return lx.linear_solve(
-        operator, vector, linear_solver, state=factor, throw=False
+        operator, vector, linear_solver, state=state, throw=False
     ).value
+
+
+def by_columns(factor: PyTree[Array]) -> PyTree[Array]:
+    # Transposed, or back again: LAPACK has matrices column by column, and XLA's loops
+    # row by row. Without that factors would be copied on their way between these.
+    is_matrix = lambda x: eqx.is_array(x) and x.ndim == 2
+    return jax.tree.map(lambda x: x.T if is_matrix(x) else x, factor)

@@ -22,7 +22,7 @@ from ._problem import Problem
 from ._results import RESULTS
 from ._solution import Solution
 from ._solve import initial_jitter, solution_at
-from ._system import DenseSystem, gram_solve
+from ._system import by_columns, DenseSystem, gram_solve
 
 
 def solve_whitened(
@@ -162,6 +162,5 @@ def _solve_whitened(prior, conditions, solver, adjoint, max_steps, throw):
 def _factor(problem: Problem, z, jitter, linear_solver) -> Any:
     functionals = linearise(problem, z).functionals
     gamma = noise(problem, jitter)
-    return linear_solver.init(
-        dense(GramOperator(problem.kernels, functionals, gamma)), {}
-    )
+    operator = dense(GramOperator(problem.kernels, functionals, gamma))
+    return by_columns(linear_solver.init(operator, {}))
