@@ -10,7 +10,7 @@ standard output; tables follow.
 
     python benchmarks/scale.py             # all
     python benchmarks/scale.py 0 1         # some of the cases below
-    python benchmarks/scale.py --keep      # writes the results kept
+    python benchmarks/scale.py --keep      # writes the results kept: those that are new
 """
 
 import argparse
@@ -34,7 +34,7 @@ from measuring import in_own_process, peak_mb
 
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "experiments"))
-from reporting import environment, markdown, write
+from reporting import environment, markdown, read, stamp, write
 
 
 jax.config.update("jax_enable_x64", True)
@@ -406,9 +406,12 @@ def main():
         print(json.dumps(measure(cases[arguments.case])))
         return
     chosen = arguments.cases or range(len(cases))
-    rows = [in_own_process(__file__, "--case", i) for i in chosen]
+    found = [in_own_process(__file__, "--case", i) for i in chosen]
+    rows = [dict(case=i, **row, **stamp()) for i, row in zip(chosen, found)]
     print(tables(rows))
     if arguments.keep:
+        others = [r for r in read("scale").get("runs", []) if r["case"] not in chosen]
+        rows = sorted(others + rows, key=lambda row: row["case"])
         write("scale", dict(written=environment(), runs=rows), tables(rows))
 
 

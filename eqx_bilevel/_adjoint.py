@@ -37,7 +37,7 @@ class FrozenAdjoint(optx.AbstractAdjoint):
     """The point of linearisation is held fixed: the solution depends on hyperparameters
     only as the last linearised problem does. This is the gradient of the paper
     ([arXiv:2510.05568](https://arxiv.org/abs/2510.05568)). It is exact for linear
-    conditions, and otherwise wrong by about the spectral radius that
+    conditions, and otherwise wrong by at most about the spectral radius that
     [`eqx_bilevel.Solution`][] reports, relatively.
     """
 

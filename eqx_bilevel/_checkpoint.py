@@ -81,7 +81,8 @@ class Checkpoint:
         if found != self.fingerprint:
             raise ValueError(
                 f"`checkpoint` {str(self.path)!r} belongs to a run with other "
-                "arguments. Give the same prior, conditions, objective, optimiser, "
-                "gradient and key to resume it, or remove the file to start anew."
+                "arguments. To resume it, give the same prior, conditions, objective, "
+                "optimiser, gradient, key, solver, `max_inner_steps`, `initial`, "
+                "`subset` and `scale_search`; or remove the file to start anew."
             )
         return header

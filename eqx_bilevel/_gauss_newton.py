@@ -156,7 +156,8 @@ class GaussNewton(optx.AbstractLeastSquaresSolver):
 
     It has converged when a full step would change the unknown's values at the points
     (those which enter some operator nonlinearly) by less than the tolerance, or by no
-    more than rounding does.
+    more than rounding does; also by up to a hundred times that, if for some steps there
+    has been no progress.
     """
 
     rtol: float = 1e-8

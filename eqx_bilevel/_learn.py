@@ -65,8 +65,10 @@ class Learned(eqx.Module):
         hyperparameters that were found: those with the smallest objective.
     - `solution`: The [`eqx_bilevel.Solution`][] for them.
     - `objective`: Its objective. It is about the smallest in `history`, or there is a
-        warning.
-    - `converged`: Whether the optimiser stopped by itself, before `steps` was reached.
+        warning. With `subset` or `pool`, that of the solution before it was solved for
+        with all points.
+    - `converged`: Whether learning stopped before `steps` was reached: since the
+        optimiser had converged, or since ten steps in a row were not accepted.
     - `history`: A dictionary of NumPy arrays with one entry for each step, that can be
         given to `pandas.DataFrame`: `seconds` since the start, `objective`, `best` (so
         far), `batch` (the objective of the batch that the step used), `accepted`,
@@ -184,9 +186,10 @@ def learn(
     - `key`: A JAX random key, for objectives with batches.
     - `verbose`: Whether to print one line for each step. With `"bar"`, show a progress
         bar instead (which needs tqdm).
-    - `callback`: A function, or several, called after each step with an
-        [`eqx_bilevel.Progress`][]. If one returns true then learning stops there, with
-        what is best up to then.
+    - `callback`: A function, or several, called after each step, and each solve of the
+        scale search, with an [`eqx_bilevel.Progress`][]. If one returns true then
+        learning stops there (or when the search has ended), with what is best up to
+        then.
     - `checkpoint`: The path of a file that is written before the first step (after the
         scale search), then after each step, as long as writing takes no more than a
         twentieth of the time, and when learning ends, also by Ctrl-C or an error. If it
@@ -205,7 +208,8 @@ def learn(
 
     A `ValueError` for wrong arguments, as in [`eqx_bilevel.solve`][]. A
     `LearningError`, which has what was found up to then as `learned`, if `throw` is
-    true and there is no useful solution.
+    true and there is no useful solution. An `ImportError` if a progress bar is asked
+    for and tqdm is missing.
     """
     adjoint = _adjoint(gradient)
     if not all(map(is_concrete, jax.tree.leaves((prior, conditions, objective)))):

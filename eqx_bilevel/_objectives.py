@@ -184,7 +184,8 @@ def _weighted_sum(objectives, weights: tuple[float, ...]) -> AbstractObjective:
     wrong = [w for w in weights if not 0 <= w < np.inf]
     if wrong:
         raise ValueError(
-            f"The weight of an objective must be positive, got {wrong[0]}."
+            "The weight of an objective must be finite and not negative, got "
+            f"{wrong[0]}."
         )
     squares = [isinstance(o, AbstractLeastSquaresObjective) for o in objectives]
     kind = _SumOfSquares if all(squares) else _Sum

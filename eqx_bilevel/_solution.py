@@ -206,6 +206,11 @@ class Solution(eqx.Module):
         **Arguments:**
 
         - `condition`: The name of the condition. Default: the first one.
+
+        **Raises:**
+
+        A `ValueError` if there is no such condition, or with sparse factors
+        ([`eqx_bilevel.SparseCholesky`][]).
         """
         return _standardised_errors(self, condition)
 
@@ -221,8 +226,8 @@ class Solution(eqx.Module):
         return _spectrum(self, num_products)
 
     def spectral_radius(self, num_products: int = 20) -> Float[Array, ""]:
-        """The largest absolute value in the spectrum: by how much frozen and implicit
-        gradients differ, relatively.
+        """The largest absolute value in the spectrum: about the most by which frozen
+        and implicit gradients differ, relatively.
         """
         smallest, largest = self.spectrum(num_products)
         return jnp.maximum(jnp.abs(smallest), jnp.abs(largest))
@@ -230,6 +235,10 @@ class Solution(eqx.Module):
     def condition_number(self, num_products: int = 20) -> Float[Array, ""]:
         """An estimate, from below, of the condition number of the Gram matrix, scaled
         to have a unit diagonal. By power iterations.
+
+        **Raises:**
+
+        A `ValueError` with sparse factors ([`eqx_bilevel.SparseCholesky`][]).
         """
         return _condition_number(self, num_products)
 

@@ -22,8 +22,8 @@ from ._solution import Solution
 
 
 class ValidationResidual(AbstractLeastSquaresObjective, AbstractDataObjective):
-    """How well a condition holds at points where it was not imposed; and how well all
-    conditions hold where they were.
+    """How well a condition holds at points where it was not imposed; and how well those
+    without noise hold where they were.
 
     The first is half the sum of the squares of operator minus target, as in the paper
     ([arXiv:2510.05568](https://arxiv.org/abs/2510.05568)). The second is likewise, of

@@ -51,7 +51,8 @@ def solve_whitened(
     The remaining arguments are keyword-only.
 
     - `adjoint`: An Optimistix adjoint.
-    - `max_steps`, `throw`: As for [`eqx_bilevel.solve`][].
+    - `max_steps`: The largest number of the solver's steps.
+    - `throw`: As for [`eqx_bilevel.solve`][].
 
     **Returns:**
 
@@ -59,7 +60,8 @@ def solve_whitened(
 
     **Raises:**
 
-    As [`eqx_bilevel.solve`][].
+    As [`eqx_bilevel.solve`][]; and a `ValueError` if `solver` is not an Optimistix
+    least-squares solver.
     """
     if not isinstance(solver, optx.AbstractLeastSquaresSolver):
         raise ValueError(

@@ -173,7 +173,8 @@ def solve_windows(
     **Raises:**
 
     As [`eqx_bilevel.solve`][]; and a `ValueError` if there is no such initial
-    condition, if its points are at several times, or if others are not in the window.
+    condition, if its points are at several times or have a `quadrature`, if others are
+    not in the window, and if `length` is not positive or `axis` not a dimension.
     """
     check_solver(solver, adjoint)
     check_num_steps(max_steps, "max_steps")

@@ -104,9 +104,9 @@ for ax, curve, label in zip(axes, (objectives, errors), ("objective", "RMS error
 # The solution depends on the lengthscale in two ways: through the linearised problem,
 # and through the function at which the equation was linearised. The *implicit* gradient
 # has both, and is the default. The *frozen* one leaves out the second, as the
-# [paper](https://arxiv.org/abs/2510.05568) does. By how much they differ, relatively,
-# is the [spectral radius](../method.md#two-gradients) of what a Gauss-Newton step does
-# to changes of that function.
+# [paper](https://arxiv.org/abs/2510.05568) does. The most by which they differ,
+# relatively, is about the [spectral radius](../method.md#two-gradients) of what a
+# Gauss-Newton step does to changes of that function.
 
 # %%
 frozen = eb.learn(start, conditions, objective, gradient="frozen")

@@ -43,7 +43,8 @@ class SparseCholesky(AbstractSystem):
     The error of this decreases exponentially with `rho`.
 
     What it does not offer: conditions with `quadrature`; the evidence of some of the
-    conditions and cross-validation; points that are traced, since orderings and
+    conditions, cross-validation, standardised errors and the condition number;
+    [`eqx_bilevel.solve_windows`][]; points that are traced, since orderings and
     neighbours are found before anything is compiled.
 
     ??? cite "References"
@@ -218,7 +219,8 @@ class SparseCholesky(AbstractSystem):
         raise ValueError(
             "This needs the Gram matrix as a whole, which `SparseCholesky` does not "
             "have: evidence of some conditions, cross-validation, standardised errors "
-            "and the condition number are available with `lineax.Cholesky()` only."
+            "and the condition number are available with `lineax.Cholesky()`; or, with "
+            "memory for a dense matrix, with `MatrixFree()`."
         )
 
     #
