@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import lineax as lx
 import numpy as np
 
 from ._condition import Condition, is_concrete
@@ -16,11 +17,13 @@ from ._matrix_free import MatrixFree
 from ._parameters import unwrap
 from ._problem import priors_of
 from ._sparse import SparseCholesky
-from ._system import AbstractSystem
+from ._system import AbstractSystem, DenseSystem
 
 
 # So many targets are solved for sooner with sparse factors.
 _MANY = 8000
+# For so few, a hundred steps of learning take less time than compiling.
+_FEW = 500
 
 
 def _most_dense() -> int:
@@ -40,19 +43,24 @@ def with_system(
     solver: GaussNewton, prior: Any, conditions: Sequence[Condition]
 ) -> GaussNewton:
     # With all that can be prepared before compiling.
+    num = sum(c.num_targets for c in conditions)
     system = solver.linear_solver
     if system is None:
-        system = _chosen(prior, conditions)
+        system = _chosen(prior, conditions, num)
     if isinstance(system, SparseCholesky):
         system = system.prepared(prior, conditions)
+    if not isinstance(system, AbstractSystem):
+        system = DenseSystem(system, is_small=num <= _FEW)
     return dataclasses.replace(solver, linear_solver=system)
 
 
-def _chosen(prior: Any, conditions: Sequence[Condition]) -> AbstractSystem | None:
-    num, most = sum(c.num_targets for c in conditions), _most_dense()
+def _chosen(
+    prior: Any, conditions: Sequence[Condition], num: int
+) -> AbstractSystem | lx.AbstractLinearSolver:
+    most = _most_dense()
     if num > min(_MANY, most) and _has_sparse_factors(prior, conditions):
         return SparseCholesky()
-    return MatrixFree() if num > most else None
+    return MatrixFree() if num > most else lx.Cholesky()
 
 
 def _has_sparse_factors(prior: Any, conditions: Sequence[Condition]) -> bool:

@@ -1,7 +1,6 @@
 """Linear systems without a matrix, for kernels that are as they are."""
 
 import functools as ft
-from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -42,8 +41,6 @@ class MatrixFree(AbstractKernelSystem):
         ridge regression*, [arXiv:2304.12465](https://arxiv.org/abs/2304.12465).
     """
 
-    small_operations: ClassVar[bool] = True
-
     rank: int = eqx.field(static=True, default=1000)
     rtol: float = eqx.field(static=True, default=1e-9)
     max_steps: int = eqx.field(static=True, default=100)
@@ -53,6 +50,10 @@ class MatrixFree(AbstractKernelSystem):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value}.")
+
+    @property
+    def cheap_to_compile(self):
+        return True  # Very many operations on parts of matrices.
 
     def smallest_nugget(self, problem):
         # In the preconditioned system, rounding of products counts relatively to it:

@@ -5,7 +5,7 @@ else does.
 
 import abc
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -94,8 +94,12 @@ class AbstractSystem(eqx.Module):
     # linearisation is its `factor`. A problem can have readings; their functionals are
     # not among phi.
 
-    # Whether programs with it consist of very many operations on parts of matrices.
-    small_operations: ClassVar[bool] = False
+    @property
+    @abc.abstractmethod
+    def cheap_to_compile(self) -> bool:
+        # Whether programs with it are to compile within less time and memory, even if
+        # they run slower.
+        pass
 
     @abc.abstractmethod
     def smallest_nugget(self, problem: Problem) -> float:
@@ -282,6 +286,11 @@ class _DensePosterior(AbstractPosterior):
 
 class DenseSystem(AbstractKernelSystem):
     linear_solver: lx.AbstractLinearSolver
+    is_small: bool = eqx.field(static=True, default=False)
+
+    @property
+    def cheap_to_compile(self):
+        return self.is_small
 
     def smallest_nugget(self, problem):
         return 0.125 * rounding_of_sums(problem)

@@ -14,6 +14,7 @@ from ._adjoint import FixedPointAdjoint
 from ._checks import functions_as_pytrees
 from ._closure import function_as_pytree
 from ._gauss_newton import GaussNewton
+from ._jit import jit
 from ._learn import Learned
 from ._linear_solver import with_system
 from ._objectives import (
@@ -91,7 +92,7 @@ def _apply(theta, task: Task, fn):
     return fn(*unwrap(eqx.combine(theta, task.rest)))
 
 
-@eqx.filter_jit
+@jit
 def _slopes(fn: Callable, theta: PyTree, *args: Any) -> PyTree[Array]:
     # The derivative in each direction, one after the other.
     vector, unravel = ravel_pytree(theta)

@@ -11,6 +11,7 @@ import pytest
 from eqx_bilevel import _jit
 from eqx_bilevel._conjugate_gradients import ConjugateGradients
 from eqx_bilevel._gram import covariance, Noise
+from eqx_bilevel._linear_solver import with_system
 from eqx_bilevel._low_rank import low_rank
 
 from .helpers import close, points_mesh
@@ -293,4 +294,14 @@ def test_options_of_the_compiler(monkeypatch):
 
 @pytest.mark.parametrize("solver", (eb.MatrixFree(), eb.SparseCholesky()))
 def test_options_that_there_are(solver):
-    assert _jit._are_options() and solver.small_operations
+    assert _jit._are_options() and solver.cheap_to_compile
+
+
+@pytest.mark.parametrize("num,cheap", ((500, True), (501, False)))
+def test_options_with_few_conditions(num, cheap):
+    x = jnp.linspace(0, 1, num)[:, None]
+    conditions = [eb.Condition(lambda u, x: u.value, x)]
+    for given in (None, lx.LU()):
+        solver = eb.GaussNewton(linear_solver=given)
+        system = with_system(solver, eb.GaussianProcess(eb.Gaussian(0.3)), conditions)
+        assert system.system.cheap_to_compile == cheap

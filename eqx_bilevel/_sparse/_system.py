@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -56,8 +56,6 @@ class SparseCholesky(AbstractSystem):
         Gaussian processes*, [arXiv:2304.01294](https://arxiv.org/abs/2304.01294).
     """
 
-    small_operations: ClassVar[bool] = True
-
     rho: tuple[float, float] = eqx.field(static=True, default=(6.0, 4.0))
     rho_conditions: float = eqx.field(static=True, default=6.0)
     rtol: float = eqx.field(static=True, default=1e-9)
@@ -79,6 +77,10 @@ class SparseCholesky(AbstractSystem):
     def plan(self) -> Plan:
         assert self._plan is not None
         return self._plan
+
+    @property
+    def cheap_to_compile(self):
+        return True  # Very many operations on parts of matrices.
 
     def smallest_nugget(self, problem):
         return 0.125 * rounding_of_sums(problem)
