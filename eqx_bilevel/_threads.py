@@ -26,4 +26,6 @@ def free_cores(
         threads = max(1, cores // shares)
     if few and (compiling or cores <= 2):
         threads = 1
+    if threads is None:  # Looking for libraries takes two milliseconds.
+        return contextlib.nullcontext()
     return threadpool_limits(threads, user_api="blas")

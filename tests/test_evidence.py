@@ -252,7 +252,7 @@ def test_sums():
     expected = expected + 0.5 * evidence(solution)
     np.testing.assert_allclose(two(solution), expected, rtol=1e-12)
     assert two.readings(solution.conditions)
-    with pytest.raises(ValueError, match="positive, got -1.0"):
+    with pytest.raises(ValueError, match="not negative, got -1.0"):
         -1.0 * evidence
 
 
