@@ -316,7 +316,7 @@ class DenseSystem(AbstractKernelSystem):
         del last
         gram = self.gram(problem, linearised, jitter)
         operator = dense(gram)
-        factor = by_columns(self.linear_solver.init(operator, {}))
+        factor = gram_factor(operator, self.linear_solver)
         solve = lambda b: gram_solve(operator, b, self.linear_solver, factor)
         rhs = linearised.rhs
         weights = solve(rhs)
@@ -355,6 +355,12 @@ class DenseSystem(AbstractKernelSystem):
         return _DensePosterior(prior, rows, gram, self.linear_solver, factor)
 
 
+def gram_factor(
+    operator: lx.AbstractLinearOperator, linear_solver: lx.AbstractLinearSolver
+) -> PyTree:
+    return _by_columns(linear_solver.init(operator, {}))
+
+
 def gram_solve(
     operator: lx.AbstractLinearOperator,
     vector: Float[Array, " M"],
@@ -362,14 +368,14 @@ def gram_solve(
     factor: PyTree,
 ) -> Float[Array, " M"]:
     # Differentiable in both by the rule for linear solves, and never through the
-    # factorisation, which is given: `factor` is what `linear_solver` made of it.
-    state = by_columns(factor)
+    # factorisation, which is given: `gram_factor`.
+    state = _by_columns(factor)
     return lx.linear_solve(
         operator, vector, linear_solver, state=state, throw=False
     ).value
 
 
-def by_columns(factor: PyTree[Array]) -> PyTree[Array]:
+def _by_columns(factor: PyTree[Array]) -> PyTree[Array]:
     # Transposed, or back again: LAPACK has matrices column by column, and XLA's loops
     # row by row. Without that factors would be copied on their way between these.
     is_matrix = lambda x: eqx.is_array(x) and x.ndim == 2

@@ -22,7 +22,7 @@ from ._problem import Problem
 from ._results import RESULTS
 from ._solution import Solution
 from ._solve import initial_jitter, solution_at
-from ._system import by_columns, DenseSystem, gram_solve
+from ._system import DenseSystem, gram_factor, gram_solve
 
 
 def solve_whitened(
@@ -165,4 +165,4 @@ def _factor(problem: Problem, z, jitter, linear_solver) -> Any:
     functionals = linearise(problem, z).functionals
     gamma = noise(problem, jitter)
     operator = dense(GramOperator(problem.kernels, functionals, gamma))
-    return by_columns(linear_solver.init(operator, {}))
+    return gram_factor(operator, linear_solver)
