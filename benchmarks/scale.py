@@ -286,6 +286,8 @@ def join(number: int, address: str, which: int) -> None:
     for other in range(1, case.processes) if which == 0 else ():
         command = [sys.executable, __file__, "--case", str(number), "--join", address]
         subprocess.Popen([*command, str(other)], stdout=subprocess.DEVNULL)
+    # Of the cores of one machine each has its share: XLA starts so many threads.
+    os.environ["NPROC"] = str(max(1, len(os.sched_getaffinity(0)) // case.processes))
     jax.distributed.initialize(address, case.processes, which)
 
 

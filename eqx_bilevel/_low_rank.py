@@ -1,5 +1,6 @@
 """A preconditioner for Gram matrices whose eigenvalues decrease fast."""
 
+import functools as ft
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
@@ -32,11 +33,10 @@ class LowRank(eqx.Module):
         left: Float[Array, "m r"],
         root: Float[Array, " M"],
         rest: Float[Array, ""],
+        rank: Int[Array, ""],
     ):
         scaled = padded(root)[:, None] * left
-        self.basis, right = tall_qr(scaled)
-        both = jnp.concatenate([right.T, jnp.eye(len(right), dtype=right.dtype)])
-        self.inner = jnp.linalg.qr(both, mode="r")
+        self.basis, self.inner = _factors(scaled, rank)
         self.root = root
         self.rest = rest
 
@@ -70,6 +70,28 @@ class LowRank(eqx.Module):
         return (rest + self.basis @ change(coefficients))[: len(vector)]
 
 
+def _factors(
+    left: Float[Array, "m r"], rank: Int[Array, ""]
+) -> tuple[Float[Array, "m r"], Float[Array, "r r"]]:
+    # Q and `inner`, of columns that are zero but for the first `rank`. Most often these
+    # are few, and time grows with the square of the number that are looked at.
+    width = left.shape[1]
+    eye = jnp.eye(width, dtype=left.dtype)
+
+    def of_first(num, left):
+        basis, right = tall_qr(left[:, :num])
+        num = len(right)
+        inner = jnp.linalg.qr(jnp.concatenate([right.T, eye[:num, :num]]), mode="r")
+        basis = jnp.pad(basis, ((0, 0), (0, width - num)))
+        return basis, eye.at[:num, :num].set(inner)
+
+    widths = sorted({-(-width // parts) for parts in _PARTS})
+    which = jnp.searchsorted(jnp.asarray(widths), rank)
+    branches = [ft.partial(of_first, num) for num in widths]
+    return jax.lax.switch(which, branches, left)
+
+
+_PARTS = (8, 4, 2, 1)
 # Functionals that are chosen at once, at most.
 _AT_ONCE = 64
 # Of correlations, in units of the last digit.
@@ -100,6 +122,7 @@ def low_rank(
     size = -(-rank // num_blocks) if rank > 0 else 0
     rank = num_blocks * size
     left = shared(padded(jnp.zeros((len(noise), rank), noise.dtype)))
+    used = jnp.asarray(0)
     if rank > 0:
         single = _with_sides(kernels, functionals)
         columns = lambda i: covariance(kernels, functionals, [_take(single, i)])
@@ -123,11 +146,11 @@ def low_rank(
             rest = jnp.maximum(rest - jnp.sum(new**2, axis=1)[: len(rest)], 0)
             return left, rest, k + size, key
 
-        start = left, rest, 0, jax.random.key(0)
-        left, rest, _, _ = jax.lax.while_loop(unfinished, step, start)
+        start = left, rest, used, jax.random.key(0)
+        left, rest, used, _ = jax.lax.while_loop(unfinished, step, start)
     root = jax.lax.rsqrt(noise + rest) / scale
     left = padded(scale)[:, None] * left
-    return LowRank(left, root, left_over(rest))
+    return LowRank(left, root, left_over(rest), used)
 
 
 def _pointwise(functionals: Sequence[Block]) -> Int[Array, " c"]:

@@ -12,7 +12,7 @@ from eqx_bilevel import _jit
 from eqx_bilevel._conjugate_gradients import ConjugateGradients
 from eqx_bilevel._gram import covariance, Noise
 from eqx_bilevel._linear_solver import with_system
-from eqx_bilevel._low_rank import low_rank
+from eqx_bilevel._low_rank import low_rank, LowRank
 
 from .helpers import close, points_mesh
 
@@ -150,6 +150,22 @@ def test_what_low_rank_leaves(solutions):
         assert np.isclose(rest, found.rest, rtol=1e-3)
         rests.append(rest)
     assert rests[1] < 0.1 * rests[0]
+
+
+@pytest.mark.parametrize("rank", (0, 1, 9, 30, 64))
+@pytest.mark.parametrize("size", (20, 200))
+def test_low_rank_of_so_many_columns(getkey, size, rank):
+    # Of all that there is room for, and of more than there are rows.
+    normal = lambda *shape: jax.random.normal(getkey(), shape)
+    left = normal(size, 64) * 10.0 ** normal(1, 64)
+    left = jnp.where(jnp.arange(64)[None] < rank, left, 0)
+    root = 10.0 ** normal(size)
+    found = eqx.filter_jit(LowRank)(left, root, jnp.zeros(()), jnp.asarray(rank))
+    matrix = left @ left.T + jnp.diag(root**-2)
+    vector = normal(size)
+    close(matrix @ found(vector), vector, 1e-6)
+    sign, expected = jnp.linalg.slogdet(matrix)
+    assert sign == 1 and np.isclose(found.whitening.log_determinant, expected)
 
 
 #
