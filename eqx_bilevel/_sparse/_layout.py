@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -166,17 +167,17 @@ def layout(rows: Sequence[Row], places: Mapping[str, Places]) -> Layout:
     uses = [use for i, row in enumerate(rows) for use in _uses(i, row)]
     values, terms, sizes = {}, [], []
     for name, (points, where) in places.items():
-        values[name] = jnp.asarray(points)
+        values[name] = jax.device_put(points)
         for i, row in enumerate(rows):
             for e, jet in enumerate(row.trace.jets):
                 if jet[0] == name and _is_value(jet):
-                    terms.append(Term(jnp.asarray(where[i]), i, name, e, None))
+                    terms.append(Term(jax.device_put(where[i]), i, name, e, None))
         start = len(points)
         for use in uses:
             if use.unknown == name:
-                index = jnp.arange(start, start + len(rows[use.row].points))
+                index = np.arange(start, start + len(rows[use.row].points))
                 start += len(index)
-                terms.append(Term(index, use.row, name, use.entry, use.component))
+                terms.append(Term(jax.device_put(index), use.row, name, use.entry, use.component))
         sizes.append((name, start))
     return Layout(values, tuple(terms), tuple(uses), tuple(sizes))
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -122,7 +123,8 @@ def _of_conditions(rows: Sequence[Row], rho: float) -> ConditionsPlan:
     index = np.split(np.arange(ends[-1]), ends[:-1])
     order = np.concatenate([index[i] for i in first + second])
     pattern = _pattern(values, others, (rho, rho))
-    return ConditionsPlan(pattern, jnp.asarray(order), jnp.asarray(np.argsort(order)))
+    order = order, np.argsort(order)
+    return ConditionsPlan(pattern, *jax.device_put(order))
 
 
 def _functionals(problem: Problem, linearised: Linearised) -> Functionals:
