@@ -16,11 +16,12 @@ from eqx_bilevel._problem import build
 from eqx_bilevel._sparse import _pattern
 from eqx_bilevel._sparse._factor import (
     covariance_product,
+    CovarianceFactor,
     factorise as factorise_prior,
     Functionals,
     Pattern,
+    PrecisionFactor,
     Prior,
-    SparseFactor,
 )
 from eqx_bilevel._sparse._ordering import maximin
 from eqx_bilevel._sparse._pattern import following, ordered, supernodes
@@ -171,12 +172,12 @@ def stated(d, n, others, nu, rho):
     return kernels, functionals, pattern
 
 
-def factorise(kernels, functionals, pattern, nugget):
-    return factorise_anew(Prior(kernels, functionals, nugget), pattern)
+def factorise(kernels, functionals, pattern, nugget, kind=PrecisionFactor):
+    return factorise_anew(Prior(kernels, functionals, nugget), pattern, kind)
 
 
-def factorise_anew(prior, pattern):
-    none = SparseFactor.none(pattern, prior.noise.dtype)
+def factorise_anew(prior, pattern, kind=CovarianceFactor):
+    none = kind.none(pattern, prior.noise.dtype)
     return factorise_prior(prior, pattern, none, jnp.array(True))
 
 
@@ -205,8 +206,11 @@ def test_exact_if_all_are_parents(d, nu, others):
     correlation = matrix / scale[:, None] / scale
     close(root.T @ correlation @ root, np.eye(factor.size), 1e-6)
     assert np.isclose(factor.log_determinant(), np.linalg.slogdet(matrix)[1], rtol=1e-6)
+    for_products = eqx.filter_jit(factorise)(
+        kernels, functionals, pattern, NUGGET, CovarianceFactor
+    )
     vector = jax.random.normal(jax.random.key(0), (factor.size,))
-    close(factor.covariance(vector), matrix @ np.asarray(vector), 1e-8)
+    close(for_products.covariance(vector), matrix @ np.asarray(vector), 1e-8)
 
 
 @pytest.mark.parametrize("seed, packed", ((0, True), (5, False)))
@@ -232,17 +236,19 @@ def test_covariances_of_supernodes(seed, packed):
 @pytest.mark.parametrize("seconds_per_shape", (0.0, 1.0))
 def test_products_and_solves(seconds_per_shape, monkeypatch):
     monkeypatch.setattr(_pattern, "_SHAPE", seconds_per_shape)
-    factor = factorise(*stated(2, 60, laplacian, 3.5, rho=2.0), NUGGET)
+    given = *stated(2, 60, laplacian, 3.5, rho=2.0), NUGGET
+    factor, other = (factorise(*given, k) for k in (PrecisionFactor, CovarianceFactor))
     root = np.asarray(dense_factor(factor))
     vector = jax.random.normal(jax.random.key(0), (factor.size,))
     close(factor.multiply(vector), root @ np.asarray(vector), 1e-12)
     close(factor.multiply_transposed(vector), root.T @ np.asarray(vector), 1e-12)
     close(factor.precision(vector), root @ (root.T @ np.asarray(vector)), 1e-12)
-    close(root @ factor.solve(vector), np.asarray(vector), 1e-9)
-    close(root.T @ factor.solve_transposed(vector), np.asarray(vector), 1e-9)
-    close(factor.solve(factor.multiply(vector)), np.asarray(vector), 1e-9)
+    close(root @ other.solve(vector), np.asarray(vector), 1e-9)
+    close(root.T @ other.solve_transposed(vector), np.asarray(vector), 1e-9)
+    close(other.solve(factor.multiply(vector)), np.asarray(vector), 1e-9)
     log_determinant = -2 * np.linalg.slogdet(root)[1]
-    assert np.isclose(factor.log_determinant(), log_determinant, rtol=1e-10)
+    for each in factor, other:
+        assert np.isclose(each.log_determinant(), log_determinant, rtol=1e-10)
 
 
 def test_columns_minimise_the_divergence():

@@ -6,11 +6,14 @@ With the parents p and columns c of a supernode, the approximation is
 
 which among all densities with this sparsity is the closest to N(0, K), in the sense of
 Kullback and Leibler (Schaefer, Katzfuss and Owhadi 2021, theorem 2.1). The rows of the
-upper triangular U with K^-1 ~ U U^T are U_cc = L^-T and U_pc = -W L^-T. Keeping W and L
-makes products and solves alike cheap.
+upper triangular U with K^-1 ~ U U^T are U_cc = L^-T and U_pc = -W L^-T. Keeping W, and
+L or its inverse, makes products with K or its inverse cheap.
 """
 
+import abc
+import dataclasses
 from collections.abc import Callable
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -73,11 +76,7 @@ class _Part(eqx.Module):
     parents: Int[Array, "s p"]
     columns: Int[Array, "s c"]
     weights: Float[Array, "s p c"]
-    cholesky: Float[Array, "s c c"]
-    # Not solved with when needed: JAX 0.10 can hang where several batches of small
-    # triangular systems are solved at the same time, since on CPUs each waits for the
-    # threads of the others.
-    inverse: Float[Array, "s c c"]
+    triangle: Float[Array, "s c c"]  # L, or its inverse
 
 
 class Prior(eqx.Module):
@@ -115,53 +114,52 @@ class Prior(eqx.Module):
         return matrix, every == self.functionals.size
 
 
-class SparseFactor(eqx.Module):
+_F = TypeVar("_F", bound="AbstractSparseFactor")
+
+
+class AbstractSparseFactor(eqx.Module):
     # $K^{-1} \approx U U^\top$ for the covariance matrix of functionals.
     parts: tuple[_Part, ...]
     order: tuple[Int[Array, " n"], Int[Array, " n"]]
     size: int = eqx.field(static=True)
 
-    @staticmethod
-    def none(pattern: Pattern, dtype) -> "SparseFactor":
+    @property
+    @abc.abstractmethod
+    def inverted(self) -> bool:
+        """Whether it keeps the inverse of L."""
+
+    @classmethod
+    def none(cls: type[_F], pattern: Pattern, dtype) -> _F:
         # In place of one.
         def part(p: Supernodes):
             (s, q), c = p.parents.shape, p.columns.shape[1]
-            shapes = (s, q, c), (s, c, c), (s, c, c)
-            zeros = (jnp.zeros(shape, dtype) for shape in shapes)
+            zeros = (jnp.zeros(shape, dtype) for shape in ((s, q, c), (s, c, c)))
             return _Part(p.parents, p.columns, *zeros)
 
-        return SparseFactor(
-            tuple(map(part, pattern.parts)), pattern.order, pattern.size
-        )
+        return cls(tuple(map(part, pattern.parts)), pattern.order, pattern.size)
 
-    def multiply(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        # U v
-        out = _extended(vector)
-        total = jnp.zeros_like(out)
-        for part in self.parts:
-            v = jnp.einsum("sdc,sd->sc", part.inverse, out[part.columns])
-            total = total.at[part.columns].add(v)
-            total = total.at[part.parents].add(
-                -jnp.einsum("spc,sc->sp", part.weights, v)
-            )
-        return total[:-1]
+    def log_determinant(self) -> Float[Array, ""]:
+        # Of K.
+        diagonal = lambda part: jnp.diagonal(part.triangle, axis1=1, axis2=2)
+        used = lambda part: part.columns < self.size
+        logs = [
+            jnp.sum(jnp.where(used(part), jnp.log(diagonal(part)), 0))
+            for part in self.parts
+        ]
+        return (-2 if self.inverted else 2) * jnp.sum(jnp.stack(logs))
 
-    def multiply_transposed(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        # U^T v
-        given = _extended(vector)
-        out = given
-        for part in self.parts:
-            predicted = jnp.einsum("spc,sp->sc", part.weights, given[part.parents])
-            v = given[part.columns] - predicted
-            v = jnp.einsum("sdc,sc->sd", part.inverse, v)
-            out = out.at[part.columns].set(v)
-        return out[:-1]
+
+class CovarianceFactor(AbstractSparseFactor):
+    # For products with K: one supernode after the other.
+    @property
+    def inverted(self):
+        return False
 
     def solve(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
         # U^-1 v: the transpose of `solve_transposed`, step by step.
         def change(node: _Part, x):
             v = x[node.columns]
-            added = node.weights @ v, node.cholesky.T @ v - v
+            added = node.weights @ v, node.triangle.T @ v - v
             index = node.parents, node.columns
             return jnp.concatenate(index), jnp.concatenate(added)
 
@@ -172,7 +170,7 @@ class SparseFactor(eqx.Module):
         # U^-T v: what a draw of independent standard normal numbers becomes.
         def change(node: _Part, x):
             v = x[node.columns]
-            added = node.cholesky @ v + x[node.parents] @ node.weights - v
+            added = node.triangle @ v + x[node.parents] @ node.weights - v
             return node.columns, added
 
         width = max(p.weights.shape[2] for p in self.parts)
@@ -202,19 +200,42 @@ class SparseFactor(eqx.Module):
         # K v
         return self.solve_transposed(self.solve(vector))
 
+
+class PrecisionFactor(AbstractSparseFactor):
+    # For products with K^-1: all supernodes at once. Their triangles are not solved
+    # with when needed: JAX 0.10 can hang where several batches of small triangular
+    # systems are solved at the same time, since on CPUs each waits for the threads of
+    # the others.
+    @property
+    def inverted(self):
+        return True
+
+    def multiply(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
+        # U v
+        out = _extended(vector)
+        total = jnp.zeros_like(out)
+        for part in self.parts:
+            v = jnp.einsum("sdc,sd->sc", part.triangle, out[part.columns])
+            total = total.at[part.columns].add(v)
+            total = total.at[part.parents].add(
+                -jnp.einsum("spc,sc->sp", part.weights, v)
+            )
+        return total[:-1]
+
+    def multiply_transposed(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
+        # U^T v
+        given = _extended(vector)
+        out = given
+        for part in self.parts:
+            predicted = jnp.einsum("spc,sp->sc", part.weights, given[part.parents])
+            v = given[part.columns] - predicted
+            v = jnp.einsum("sdc,sc->sd", part.triangle, v)
+            out = out.at[part.columns].set(v)
+        return out[:-1]
+
     def precision(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
         # K^-1 v
         return self.multiply(self.multiply_transposed(vector))
-
-    def log_determinant(self) -> Float[Array, ""]:
-        # Of K.
-        diagonal = lambda part: jnp.diagonal(part.cholesky, axis1=1, axis2=2)
-        used = lambda part: part.columns < self.size
-        logs = [
-            jnp.sum(jnp.where(used(part), jnp.log(diagonal(part)), 0))
-            for part in self.parts
-        ]
-        return 2 * jnp.sum(jnp.stack(logs))
 
 
 # The last entry stands for what is filled up.
@@ -222,16 +243,15 @@ def _extended(vector):
     return jnp.concatenate([vector, jnp.zeros_like(vector[:1])])
 
 
-def factorise(
-    prior: Prior, pattern: Pattern, before: SparseFactor, anew: Bool[Array, ""]
-) -> SparseFactor:
+def factorise(prior: Prior, pattern: Pattern, before: _F, anew: Bool[Array, ""]) -> _F:
     # In the place of the factor before, which is kept unless a new one is needed. With
     # `jax.lax.cond` there would be two for a while.
     def one(node: Supernodes):
         n = len(node.columns)
         weights, root = regression(*prior.of_node(node), n)
-        identity = jnp.eye(n, dtype=root.dtype)
-        return weights, root, jsl.solve_triangular(root, identity, lower=True)
+        if before.inverted:
+            root = jsl.solve_triangular(root, jnp.eye(n, dtype=root.dtype), lower=True)
+        return weights, root
 
     def of_part(nodes: Supernodes, part: _Part):
         def body(i, arrays):
@@ -239,12 +259,11 @@ def factorise(
             return tuple(a.at[i].set(x) for a, x in zip(arrays, new))
 
         num = jnp.where(anew, len(nodes.number), 0)
-        arrays = part.weights, part.cholesky, part.inverse
-        arrays = jax.lax.fori_loop(0, num, body, arrays)
+        arrays = jax.lax.fori_loop(0, num, body, (part.weights, part.triangle))
         return _Part(part.parents, part.columns, *arrays)
 
     parts = tuple(map(of_part, pattern.parts, before.parts))
-    return SparseFactor(parts, pattern.order, pattern.size)
+    return dataclasses.replace(before, parts=parts)
 
 
 #
@@ -255,7 +274,7 @@ def factorise(
 def covariance_product(
     prior: Prior,
     pattern: Pattern,
-    factor: SparseFactor,
+    factor: CovarianceFactor,
     vector: Float[Array, " n"],
 ) -> Float[Array, " n"]:
     # The factor's K v, as a differentiable function of the prior: the solution of
@@ -294,7 +313,7 @@ class _Factorised(lx.AbstractLinearSolver):
     def init(self, operator, options):
         raise NotImplementedError("The factor is given.")
 
-    def compute(self, state: SparseFactor, vector, options):
+    def compute(self, state: CovarianceFactor, vector, options):
         return state.covariance(vector), lx.RESULTS.successful, {}
 
     def transpose(self, state, options):

@@ -177,7 +177,9 @@ def layout(rows: Sequence[Row], places: Mapping[str, Places]) -> Layout:
             if use.unknown == name:
                 index = np.arange(start, start + len(rows[use.row].points))
                 start += len(index)
-                terms.append(Term(jax.device_put(index), use.row, name, use.entry, use.component))
+                terms.append(
+                    Term(jax.device_put(index), use.row, name, use.entry, use.component)
+                )
         sizes.append((name, start))
     return Layout(values, tuple(terms), tuple(uses), tuple(sizes))
 

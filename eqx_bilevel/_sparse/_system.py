@@ -23,7 +23,13 @@ from .._linearised import (
 )
 from .._problem import Problem
 from .._system import AbstractPosterior, AbstractSystem, rounding_of_sums
-from ._factor import covariance_product, factorise, Prior, SparseFactor
+from ._factor import (
+    covariance_product,
+    CovarianceFactor,
+    factorise,
+    PrecisionFactor,
+    Prior,
+)
 from ._layout import Vectors
 from ._local import of_unknown, predict, Prediction
 from ._plan import Plan, plan
@@ -87,8 +93,8 @@ class SparseCholesky(AbstractSystem):
 
     def no_factor(self, problem):
         dtype, plan = problem.dtype, self.plan
-        prior = {n: SparseFactor.none(p, dtype) for n, p in plan.patterns.items()}
-        small = SparseFactor.none(plan.conditions.pattern, dtype)
+        prior = {n: CovarianceFactor.none(p, dtype) for n, p in plan.patterns.items()}
+        small = PrecisionFactor.none(plan.conditions.pattern, dtype)
         jacobians = eqx.filter_eval_shape(
             linearise, problem, prior_z(problem)
         ).jacobians
@@ -291,8 +297,8 @@ _AT_ONCE = 32
 
 
 class _Factor(eqx.Module):
-    prior: dict[str, SparseFactor]  # of all functionals, by unknown
-    conditions: SparseFactor
+    prior: dict[str, CovarianceFactor]  # of all functionals, by unknown
+    conditions: PrecisionFactor
     jacobians: tuple[Array, ...]  # of the linearisation which that is for
     nugget: Float[Array, ""]  # of the first
 
