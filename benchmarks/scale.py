@@ -45,6 +45,7 @@ class Case(NamedTuple):
     size: int  # nodes in each direction, without the boundary; or points
     lengthscale: float = 0.3
     rho: tuple[float, float] = eb.SparseCholesky().rho
+    rho_conditions: float = eb.SparseCholesky().rho_conditions
     devices: int = 1
     processes: int = 1
     dense: bool = False
@@ -56,6 +57,7 @@ cases = (
     Case("solve", 99),
     Case("solve", 99, lengthscale=0.9),
     Case("solve", 99, rho=(8.0, 5.0)),
+    Case("solve", 99, lengthscale=0.9, rho=(5.0, 3.0), rho_conditions=5.0),
     Case("solve", 199),
     Case("solve", 315),
     Case("smooth", 49, lengthscale=0.2),
@@ -123,7 +125,8 @@ def timed(fn, *args, **kwargs):
 
 
 def sparse(case: Case) -> eb.GaussNewton:
-    return eb.GaussNewton(linear_solver=eb.SparseCholesky(rho=case.rho))
+    radii = dict(rho=case.rho, rho_conditions=case.rho_conditions)
+    return eb.GaussNewton(linear_solver=eb.SparseCholesky(**radii))
 
 
 def errors(case: Case, solution, exact) -> dict:
@@ -150,7 +153,7 @@ def measure_solve(case: Case) -> dict:
     return dict(
         points=sum(len(c.points) for c in conditions),
         lengthscale=case.lengthscale,
-        rho=case.rho,
+        rho=[*case.rho, case.rho_conditions],
         **errors(case, solution, exact),
         steps=int(solution.stats["num_steps"]),
         products=int(solution.stats["num_products"]),
@@ -351,7 +354,7 @@ def tables(rows: list[dict]) -> str:
             solves,
             **POINTS,
             lengthscale=("lengthscale", "g"),
-            radii=("`rho`", "s"),
+            radii=("`rho`, `rho_conditions`", "s"),
             **ERRORS,
             **COUNTS,
             **TIMES,

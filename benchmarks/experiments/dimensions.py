@@ -15,6 +15,7 @@ import time
 import eqx_bilevel as eb
 import jax
 import jax.numpy as jnp
+import numpy as np
 from breadth import applied
 from common import value
 from reporting import errors, markdown, study
@@ -59,7 +60,7 @@ def run(name, seed=0, n=200, steps=40, solutions=solutions):
     interior, boundary = cube.interior(n, key=keys[0]), cube.boundary(n, key=keys[1])
     objective = eb.ValidationResidual(cube.interior(n, key=keys[2]))
     points = cube.interior(1000, key=keys[3])
-    row = dict(kernel=name, kind=kind, conditions=2 * n)
+    row = dict(kernel=name, kind=kind, seed=seed, conditions=2 * n)
     for what, exact in solutions.items():
         conditions = [
             eb.Condition(equation, interior, applied(equation, exact)),
@@ -78,18 +79,27 @@ def run(name, seed=0, n=200, steps=40, solutions=solutions):
     return row
 
 
+def rows(names, seeds=5):
+    for name in names:
+        for seed in range(seeds):
+            yield run(name, seed)
+            jax.clear_caches()
+
+
 def table(rows):
     columns = [(what, when) for what in solutions for when in ("untrained", "learned")]
     heads = [f"{what}: {when}" for what, when in columns]
     lines = []
-    for row in rows:
-        cells = [f"{row[what][when]['relative']:.1e}" for what, when in columns]
-        seconds = sum(row[what]["seconds"] for what in solutions)
-        lines.append([row["kind"], *cells, f"{seconds:.0f}"])
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        some = [row for row in rows if row["kind"] == kind]
+        cells = []
+        for what, when in columns:
+            error = np.nan_to_num([r[what][when]["relative"] for r in some], nan=np.inf)
+            cells.append(f"{np.median(error):.1e} ({np.max(error):.1e})")
+        seconds = [sum(row[what]["seconds"] for what in solutions) for row in some]
+        lines.append([kind, *cells, f"{np.median(seconds):.0f}"])
     return markdown(["kernel", *heads, "seconds"], lines)
 
 
 if __name__ == "__main__":
-    study(
-        "dimensions", "kernel", __doc__, kernels, lambda names: map(run, names), table
-    )
+    study("dimensions", "kernel", __doc__, kernels, rows, table)

@@ -51,6 +51,22 @@ def by_held_out(module, key, **size):
     return eb.learn(*stated, objective, throw=False), objective
 
 
+def by_truth(module, key, **size):
+    # What no one can do: the hyperparameters with the smallest errors.
+    where = jnp.asarray(module.where)
+
+    def errors(solution):
+        found = solution(where)
+        relative = [
+            jnp.linalg.norm(found[name] - truth) / jnp.linalg.norm(truth)
+            for name, truth in module.fields.items()
+        ]
+        return jnp.sum(jnp.log(jnp.stack(relative)))
+
+    stated = module.prior(), module.stated(key, **size)
+    return eb.learn(*stated, eb.Objective(errors), throw=False), None
+
+
 def published(module, key, **size):
     # Of Darcy flow.
     declared, nugget = 1e-3, 1e-5
@@ -79,6 +95,7 @@ ways = {
     "held out": by_held_out,
     "evidence of all": by(eb.NegativeLogEvidence()),
     "published": published,
+    "the truth": by_truth,
 }
 # The objectives are compared on one problem.
 ways_of = lambda name: list(ways) if name == "darcy" else ["evidence"]
