@@ -91,6 +91,7 @@ def _factors(
     return jax.lax.switch(which, branches, left)
 
 
+# An eighth, a fourth, a half or all of the columns are looked at.
 _PARTS = (8, 4, 2, 1)
 # Functionals that are chosen at once, at most.
 _AT_ONCE = 64
