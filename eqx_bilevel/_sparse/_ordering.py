@@ -60,5 +60,5 @@ def neighbour_distances(
 ) -> Float[ndarray, " n"]:
     # To the nearest of so many points in the tree, or to all if there are fewer.
     count = min(count, tree.n)
-    distances = np.asarray(tree.query(points, k=count)[0])
+    distances = np.asarray(tree.query(points, k=count, workers=-1)[0])
     return distances.reshape(len(points), count)[:, -1]

@@ -7,6 +7,7 @@ functionals before it within a few lengthscales. Everything here is NumPy.
 """
 
 import math
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -161,9 +162,11 @@ class _Level(NamedTuple):
         # Which points, and what is near them.
         if self.tree is None:
             return np.empty(0, int), np.empty(0, int)
-        lists = self.tree.query_ball_point(points, radii, return_sorted=False)
+        lists = self.tree.query_ball_point(
+            points, radii, return_sorted=False, workers=-1
+        )
         lengths = np.fromiter(map(len, lists), int, len(lists))
-        found = np.fromiter((i for one in lists for i in one), int, lengths.sum())
+        found = np.fromiter(chain.from_iterable(lists), int, lengths.sum())
         return np.repeat(np.arange(len(points)), lengths), self.members[found]
 
 
