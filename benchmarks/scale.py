@@ -34,7 +34,7 @@ from measuring import in_own_process, peak_mb
 
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "experiments"))
-from reporting import environment, markdown, read, stamp, write
+from reporting import environment, markdown, num_cores, read, stamp, write
 
 
 jax.config.update("jax_enable_x64", True)
@@ -290,7 +290,7 @@ def join(number: int, address: str, which: int) -> None:
         command = [sys.executable, __file__, "--case", str(number), "--join", address]
         subprocess.Popen([*command, str(other)], stdout=subprocess.DEVNULL)
     # Of the cores of one machine each has its share: XLA starts so many threads.
-    os.environ["NPROC"] = str(max(1, len(os.sched_getaffinity(0)) // case.processes))
+    os.environ["NPROC"] = str(max(1, num_cores() // case.processes))
     jax.distributed.initialize(address, case.processes, which)
 
 

@@ -176,7 +176,7 @@ def factorise(kernels, functionals, pattern, nugget, kind=PrecisionFactor):
     return factorise_anew(Prior(kernels, functionals, nugget), pattern, kind)
 
 
-def factorise_anew(prior, pattern, kind=CovarianceFactor):
+def factorise_anew(prior, pattern, kind):
     none = kind.none(pattern, prior.noise.dtype)
     return factorise_prior(prior, pattern, none, jnp.array(True))
 
@@ -432,6 +432,7 @@ def test_factor_is_kept_until_its_nugget_changes():
 def test_product_with_derivatives():
     # Of the approximation itself, against differences.
     _, functionals, pattern = stated(2, 40, laplacian, 3.5, rho=3.0)
+    kind = CovarianceFactor
     one, other = jax.random.normal(jax.random.key(0), (2, 60))
 
     def prior(lengthscale):
@@ -439,12 +440,12 @@ def test_product_with_derivatives():
 
     @jax.jit
     def of_factor(lengthscale):
-        return one @ factorise_anew(prior(lengthscale), pattern).covariance(other)
+        return one @ factorise_anew(prior(lengthscale), pattern, kind).covariance(other)
 
     @jax.jit
     def with_derivatives(lengthscale, vector):
         p = prior(lengthscale)
-        factor = factorise_anew(jax.lax.stop_gradient(p), pattern)
+        factor = factorise_anew(jax.lax.stop_gradient(p), pattern, kind)
         return one @ covariance_product(p, pattern, factor, vector)
 
     h, l = 1e-5, jnp.array(0.5)
@@ -454,7 +455,7 @@ def test_product_with_derivatives():
     assert np.isclose(slope, difference, rtol=1e-5)
     _, forwards = jax.jvp(lambda l: with_derivatives(l, other), (l,), (jnp.ones(()),))
     assert np.isclose(forwards, slope, rtol=1e-8)
-    close(weights, factorise_anew(prior(l), pattern).covariance(one), 1e-9)
+    close(weights, factorise_anew(prior(l), pattern, kind).covariance(one), 1e-9)
 
 
 #

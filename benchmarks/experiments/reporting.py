@@ -33,15 +33,19 @@ def errors(pairs):
 packages = ("eqx_bilevel", "jax", "equinox", "optimistix", "lineax", "optax", "scipy")
 
 
-def environment():
+def num_cores():
     can_be_bound = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if can_be_bound else os.cpu_count()
+
+
+def environment():
     return dict(
         date=str(datetime.date.today()),
         commit=_commit(),
         python=platform.python_version(),
         versions={name: importlib.metadata.version(name) for name in packages},
         hardware=_processor(),
-        cores=len(os.sched_getaffinity(0)) if can_be_bound else os.cpu_count(),
+        cores=num_cores(),
     )
 
 

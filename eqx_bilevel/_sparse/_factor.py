@@ -66,6 +66,7 @@ class Pattern(eqx.Module):
         order = np.argsort(number)
         part = np.repeat(np.arange(len(parts)), lengths)
         row = np.concatenate([np.empty(0, int), *map(np.arange, lengths)])
+        # Not by `jnp.asarray`, which compiles a program for each shape.
         to_device = lambda x: jax.device_put(x.astype(np.int32))
         where = to_device(part[order]), to_device(row[order])
         return Pattern(jax.tree.map(to_device, parts), where, size)

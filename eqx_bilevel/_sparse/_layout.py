@@ -166,6 +166,7 @@ class Places(NamedTuple):
 def layout(rows: Sequence[Row], places: Mapping[str, Places]) -> Layout:
     uses = [use for i, row in enumerate(rows) for use in _uses(i, row)]
     values, terms, sizes = {}, [], []
+    # To the device not by `jnp.asarray`, which compiles a program for each shape.
     for name, (points, where) in places.items():
         values[name] = jax.device_put(points)
         for i, row in enumerate(rows):

@@ -123,8 +123,8 @@ def _of_conditions(rows: Sequence[Row], rho: float) -> ConditionsPlan:
     index = np.split(np.arange(ends[-1]), ends[:-1])
     order = np.concatenate([index[i] for i in first + second])
     pattern = _pattern(values, others, (rho, rho))
-    order = order, np.argsort(order)
-    return ConditionsPlan(pattern, *jax.device_put(order))
+    forth_and_back = jax.device_put((order, np.argsort(order)))
+    return ConditionsPlan(pattern, *forth_and_back)
 
 
 def _functionals(problem: Problem, linearised: Linearised) -> Functionals:
